@@ -1,0 +1,514 @@
+"""What must hold, each thing in the smallest case that could break it. No network but 127.0.0.1. Run: python -m pytest -q"""
+import http.server
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import ngram
+import tiny
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+STORY = b"Once upon a time there was a cat. The cat sat on a mat. The mat was red.\nThe cat said, \"I like this mat.\""
+TEXT = np.frombuffer(b"the cat sat on the mat\0the rat sat\0a cat ate the rat on a mat\0" * 2 + b"that hat\0", np.uint8)
+
+
+def script(*command, env=None, cwd=HERE, **options):
+    """Run `python command...` as a user would -> CompletedProcess with text output. No proxy stands between it and 127.0.0.1."""
+    clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and k != "TINY_URL"} | (env or {})
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, encoding="utf-8", cwd=cwd, env=clean, timeout=240, **options)
+
+
+def refused(result, *words, code=1):
+    """The command failed with one clear line that has these words, and no traceback."""
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and all(word in last for word in words), result.stderr
+
+
+@pytest.fixture(scope="module")
+def stories_file(tmp_path_factory):
+    """A little text on disk: 400 built-in stories."""
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_bytes(data.invent(400))
+    return path
+
+
+# ---- data.py -------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", [
+    b"", b"a", STORY, b"one\n<|endoftext|>\ntwo", b"one\n<|endoftext|>\n", b"\n<|endoftext|>\n\n<|endoftext|>\n", b"\xff\xfe\x80 caf\xc3\xa9",
+    b"a\r\nb\r\n", b"a <|endoftext| > b", bytes(range(1, 256)), b"\n\n<|endoftext|>\n\n",
+])
+def test_round_trip(text):
+    assert data.decode(data.encode(text)) == text
+
+
+def test_separators_become_end():
+    assert data.encode(b"a\r\n<|endoftext|>\r\nb<|endoftext|>c").tobytes() == b"a\0b\0c"
+    assert data.stories(data.encode(b"a\n<|endoftext|>\n\n<|endoftext|>\nb")) == [b"a", b"b"]
+
+
+def test_nul_bytes_are_dropped_and_counted(capsys):
+    assert data.encode(b"a\0b\0\0c").tobytes() == b"abc"
+    assert "3 NUL" in capsys.readouterr().err
+
+
+def test_split_is_between_stories_and_loses_nothing():
+    text = data.encode(data.invent(300))
+    train, held = data.split(text)
+    assert np.array_equal(np.concatenate((train, held)), text)
+    assert train[-1] == 0 and 0.03 < len(held) / len(text) < 0.07
+    train, held = data.split(np.full(1000, 65, np.uint8))  # no story ends at all
+    assert len(held) == 50
+
+
+def test_invented_stories_differ_and_repeat_exactly():
+    text = data.invent(3000)
+    assert data.invent(3000) == text
+    assert len(set(data.stories(data.encode(text)))) == 3000
+
+
+def test_save_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    data.save(path, b"old")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(data.Problem, match="No space left.*free some space"):
+        data.save(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+class Server:
+    """A web server on 127.0.0.1 for one test: honours Range, and fails in the ways that `fault(request number)` says."""
+
+    def __init__(self, body, fault=lambda n: None):
+        self.requests = requests = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                requests.append(self.headers["Range"])
+                kind = fault(len(requests))
+                if isinstance(kind, int):
+                    return self.send_error(kind)
+                if kind == "silent":
+                    return threading.Event().wait(3)
+                a, b = self.headers["Range"].removeprefix("bytes=").split("-")
+                part = body[int(a) : int(b) + 1]
+                if kind == "no range":
+                    self.send_response(200)
+                    part = body
+                else:
+                    self.send_response(206)
+                    self.send_header("Content-Range", f"bytes {a}-{int(a) + len(part) - 1}/{len(body)}")
+                self.send_header("Content-Length", str(len(part)))
+                self.end_headers()
+                self.wfile.write(part[: len(part) // 2] if kind == "cut" else part)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No proxy, no long waits."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(data, "PATIENCE", 0.5)
+    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+
+
+def test_download_takes_a_part_and_cuts_at_a_story_end(tmp_path, quick):
+    body = data.invent(100)
+    server = Server(body)
+    data.download(server.url, tmp_path / "x", 10_000)
+    got = (tmp_path / "x").read_bytes()
+    assert body.startswith(got) and got.endswith(b"<|endoftext|>\n") and 9_000 < len(got) <= 10_001
+    assert server.requests == ["bytes=0-9999"] and os.listdir(tmp_path) == ["x"]
+
+
+def test_download_goes_on_after_a_cut_connection(tmp_path, quick):
+    body = data.invent(100)
+    server = Server(body, lambda n: "cut" if n <= 2 else None)
+    data.download(server.url, tmp_path / "x", 10_000)
+    assert body.startswith((tmp_path / "x").read_bytes())
+    assert server.requests == ["bytes=0-9999", "bytes=5000-9999", "bytes=7500-9999"]
+
+
+def test_download_goes_on_in_the_next_run(tmp_path, quick):
+    body = data.invent(100)
+    with pytest.raises(data.Problem, match="gave up after 4 tries.*run again"):
+        data.download(Server(body, lambda n: "cut").url, tmp_path / "x", 10_000)
+    assert os.listdir(tmp_path) == ["x.part"]  # nothing half-written has the name of data
+    server = Server(body)
+    data.download(server.url, tmp_path / "x", 10_000)
+    assert server.requests == ["bytes=9375-9999"] and body.startswith((tmp_path / "x").read_bytes())
+
+
+def test_download_of_more_than_there_is(tmp_path, quick):
+    body = data.invent(20) + b"\n<|endoftext|>\n"
+    data.download(Server(body).url, tmp_path / "x", 10**9)
+    assert (tmp_path / "x").read_bytes() == body
+
+
+@pytest.mark.parametrize("kind, words", [
+    (404, "HTTP 404.*TINY_URL"), (500, "HTTP 500"), ("no range", "ignores Range"), ("cut", "gave up"),
+])
+def test_download_says_what_is_wrong(tmp_path, quick, kind, words):
+    with pytest.raises(data.Problem, match=words):
+        data.download(Server(data.invent(50), lambda n: kind).url, tmp_path / "x", 10_000)
+    assert "x" not in os.listdir(tmp_path)
+
+
+def test_download_of_something_else_is_not_kept(tmp_path, quick):
+    with pytest.raises(data.Problem, match="not TinyStories"):
+        data.download(Server(b"<html>" * 1000).url, tmp_path / "x", 1000)
+    assert os.listdir(tmp_path) == []
+
+
+def test_silence_is_no_network_at_first_and_a_problem_later(tmp_path, quick):
+    body = data.invent(50)
+    with pytest.raises(data.NoNetwork):
+        data.download(Server(body, lambda n: "silent").url, tmp_path / "x", 10_000)
+    with pytest.raises(data.Problem, match="gave up"):
+        data.download(Server(body, lambda n: "cut" if n == 1 else "silent").url, tmp_path / "x", 10_000)
+
+
+def test_load_downloads_once(tmp_path, quick, monkeypatch):
+    server = Server(data.invent(200))
+    monkeypatch.setenv("TINY_URL", server.url)
+    first = data.load(megabytes=0.05, cache=str(tmp_path))
+    assert len(server.requests) == 2 and first.source.startswith("TinyStories") and 40_000 < len(first.train) <= 50_000
+    again = data.load(megabytes=0.05, cache=str(tmp_path))
+    assert len(server.requests) == 2 and np.array_equal(first.train, again.train)
+
+
+def test_without_network_stories_are_built_in(tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.delenv("TINY_URL", raising=False)
+    monkeypatch.setattr(data, "URL", "http://127.0.0.1:9")  # nobody listens there
+    text = data.load(cache=str(tmp_path))
+    assert "built-in" in text.source and "MEAN NOTHING" in capsys.readouterr().err
+    monkeypatch.setenv("TINY_URL", "http://127.0.0.1:9")  # but an address that was asked for is not silently left aside
+    with pytest.raises(data.Problem, match="TINY_URL.*cannot be reached"):
+        data.load(cache=str(tmp_path))
+
+
+# ---- ngram.py ------------------------------------------------------------------------------------------------------------------------
+
+def padded(text, i, n):
+    """The n-1 bytes before i as the n-gram sees them: nothing but END beyond the story's start."""
+    context = bytes(text[max(0, i - n + 1) : i])
+    return context.rpartition(b"\0")[2].rjust(n - 1, b"\0")
+
+
+def brute_force(text, order, discounts, without=None):
+    """Interpolated modified Kneser-Ney in plain Python, straight from Chen & Goodman -> p(i): 256 probabilities. `without`: leave that event out."""
+    grams = [(padded(text, i, order), text[i]) for i in range(len(text)) if i != without]
+    counts = {order: Counter(grams)}
+    for n in range(order - 1, 0, -1):  # continuation counts: one for each distinct longer n-gram
+        counts[n] = Counter((context[1:], byte) for context, byte in counts[n + 1])
+    followers = defaultdict(dict)
+    for n in counts:
+        for (context, byte), count in counts[n].items():
+            followers[n, context][byte] = count
+
+    def p(asked, i):
+        dist = np.full(256, 1 / 256)
+        for n in range(1, order + 1):
+            after = followers.get((n, padded(asked, i, n)))
+            if after:
+                total, lower = sum(after.values()), dist
+                dist = lower * sum(discounts[n][min(c, 3)] for c in after.values()) / total
+                for byte, c in after.items():
+                    dist[byte] += (c - discounts[n][min(c, 3)]) / total
+        return dist
+
+    return p
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 8])
+def test_kneser_ney_equals_brute_force(order):
+    model = ngram.NGram(order).fit(TEXT)
+    p = brute_force(TEXT, order, model.discounts.astype(float))
+    for asked in (TEXT, np.frombuffer(b"a cat\0the bat sat on that zebra\0\0mat the rat", np.uint8)):
+        got = model.probs(asked, np.arange(len(asked) + 1))
+        assert got.dtype == np.float32 and got.shape == (len(asked) + 1, 256)
+        assert np.abs(got.sum(1) - 1).max() < 1e-5 and got.min() > 0
+        assert np.abs(got - [p(asked, i) for i in range(len(asked) + 1)]).max() < 1e-6
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 6])
+def test_leave_one_out_equals_a_recount(order):
+    model = ngram.NGram(order).fit(TEXT)
+    got = model.probs(TEXT, np.arange(len(TEXT)), leave_one_out=True)
+    for i in range(len(TEXT)):
+        want = brute_force(TEXT, order, model.discounts.astype(float), without=i)(TEXT, i)
+        assert np.abs(got[i] - want).max() < 1e-6
+
+
+def test_probabilities_are_normalised_and_never_zero():
+    text = data.encode(data.invent(300))
+    for counted in (text, np.full(5000, 97, np.uint8), np.zeros(100, np.uint8), np.array([5], np.uint8)):
+        model = ngram.NGram(12).fit(counted)
+        for asked in (counted[:2000], np.random.default_rng(0).integers(0, 256, 500, dtype=np.uint8)):
+            for leave in (False, True) if asked is not counted and len(counted) >= len(asked) and (counted[: len(asked)] == asked).all() else (False,):
+                p = model.probs(asked, np.arange(len(asked)), leave_one_out=leave)
+                assert np.abs(p.astype(float).sum(1) - 1).max() < 1e-5 and p.min() > 0
+
+
+def test_leaving_out_tells_new_text_from_recited():
+    train, held = data.split(data.encode(data.invent(600)))
+    model, some = ngram.NGram(12).fit(train), np.arange(0, len(train), 7)
+    seen, left_out = model.bits_per_byte(train, some), model.bits_per_byte(train, some, leave_one_out=True)
+    assert seen < 0.9 * model.bits_per_byte(held) < left_out < 1.1 * model.bits_per_byte(held)
+
+
+def test_more_context_predicts_better_and_nothing_can_be_counted_in_nothing():
+    train, held = data.split(data.encode(data.invent(600)))
+    scores = [ngram.NGram(order).fit(train).bits_per_byte(held) for order in (1, 2, 4, 8)]
+    assert scores == sorted(scores, reverse=True)
+    with pytest.raises(ValueError, match="empty"):
+        ngram.NGram().fit(np.zeros(0, np.uint8))
+
+
+def test_ngram_save_load(tmp_path):
+    model = ngram.NGram(6).fit(TEXT)
+    model.save(tmp_path / "n.npz")
+    again = ngram.NGram.load(tmp_path / "n.npz")
+    assert np.array_equal(model.probs(TEXT, np.arange(50), True), again.probs(TEXT, np.arange(50), True))
+    assert os.listdir(tmp_path) == ["n.npz"]
+
+
+def test_generate_is_repeatable_and_stops_at_a_story_end():
+    model = ngram.NGram(5).fit(data.encode(data.invent(200)))
+    story = model.generate(b"Once upon", 3000, 0.5, seed=3)
+    assert story == model.generate(b"Once upon", 3000, 0.5, seed=3) != model.generate(b"Once upon", 3000, 0.5, seed=4)
+    assert story.startswith(b"Once upon") and b"\0" not in story and len(story) < 3000
+
+
+def test_discounts_are_chen_and_goodmans():
+    count = np.repeat([1, 2, 3, 4, 9], [40, 20, 10, 5, 7])
+    y = 40 / (40 + 2 * 20)
+    assert ngram.modified_discounts(count) == pytest.approx([1 - 2 * y * 20 / 40, 2 - 3 * y * 10 / 20, 3 - 4 * y * 5 / 10])
+    assert all(0 < d <= c for c, d in zip((1, 2, 3), ngram.modified_discounts(np.array([1]))))
+
+
+# ---- tiny.py -------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def model():
+    """A net with every weight random: the zeros it starts with would hide mistakes."""
+    torch.manual_seed(0)
+    net = tiny.GPT(layers=2, heads=2, width=16, context=32, rows=64)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return net
+
+
+def test_no_byte_sees_the_future(model):
+    ids = torch.randint(0, 256, (1, 32))
+    before = model(ids)
+    for t in (1, 5, 31):
+        changed = ids.clone()
+        changed[0, t] = (ids[0, t] + 1) % 256
+        after = model(changed)
+        assert torch.equal(before[:, :t], after[:, :t]) and not torch.allclose(before[:, t], after[:, t])
+
+
+@pytest.mark.parametrize("pieces", [[32], [1] * 32, [5, 1, 1, 20, 5], [31, 1]])
+def test_cached_logits_equal_uncached(model, pieces):
+    ids = torch.randint(0, 256, (3, 32))
+    cache = {}
+    parts = torch.cat([model(piece, cache) for piece in ids.split(pieces, 1)], 1)
+    assert torch.allclose(parts, model(ids), atol=1e-4)
+    with pytest.raises(ValueError, match="33 bytes do not fit"):
+        model(ids[:, :1], cache)
+
+
+def test_generate_feeds_what_evaluate_judges(model):
+    """Beyond the context, every byte is drawn from the logits that the last half to whole context gives uncached."""
+    prompt = bytes(range(65, 105))
+    told = [byte for _, byte in zip(range(60), model.generate(prompt, temperature=0))]
+    text = [0, *prompt, *told]
+    first = len(prompt) + 1
+    fed = first - 16  # the prompt is longer than the context: its last half is fed
+    for i in range(first, len(text)):
+        if i - fed > 32:
+            fed = i - 16
+        assert text[i] == int(model(torch.tensor([text[fed:i]]))[0, -1].argmax())
+
+
+def test_distillation_loss_is_the_cross_entropy_it_claims():
+    logits, target = torch.randn(7, 256), torch.randint(0, 256, (7,))
+    teacher = torch.softmax(torch.randn(7, 256), -1)
+    log_p = torch.log_softmax(logits, -1)
+    want = -0.4 * log_p[torch.arange(7), target].mean() - 0.6 * (teacher * log_p).sum(1).mean()
+    assert torch.allclose(tiny.distillation_loss(logits, target, teacher, 0.6), want)
+    assert torch.allclose(tiny.distillation_loss(logits, target, teacher, 0), F.cross_entropy(logits, target))
+
+
+def test_batches_pair_each_byte_with_the_teachers_opinion_of_it():
+    counted = data.encode(data.invent(200))
+    teacher = ngram.NGram(6).fit(counted)
+    batches = tiny.Batches(counted, 4, 32, teacher, seed=0)
+    for _ in range(3):
+        window, q = batches.get(True)
+        assert window[0, 0] == 0  # one window begins with a story
+        for row, dists in zip(window.numpy(), q.view(4, 32, 256).numpy()):
+            at = (b"\0" + counted.tobytes()).find(row.astype(np.uint8).tobytes())
+            want = teacher.probs(counted, at + np.arange(32), leave_one_out=True)
+            assert np.allclose(dists, want)  # distribution t is about byte t + 1 of the window
+
+
+def test_evaluate_scores_every_byte_once_with_real_context(model):
+    text = np.frombuffer(STORY * 2, np.uint8)
+    ids = torch.tensor([0, *text.tolist()])
+    nats = 0.0
+    for i in range(len(text)):
+        start = 0 if i < 32 else (i // 16 - 1) * 16
+        nats -= torch.log_softmax(model(ids[None, start : i + 1])[0, -1], -1)[text[i]].item()
+    assert tiny.evaluate(model, text) == pytest.approx(nats / len(text) / math.log(2), rel=1e-4)
+    state = torch.get_rng_state()
+    for size in (1, 5, 16, 17, 33):
+        assert tiny.evaluate(model, text[:size]) > 0
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_muon_makes_orthogonal_steps_and_learns():
+    x = tiny.orthogonalize(torch.randn(3, 8, 20))
+    s = torch.linalg.svdvals(x)
+    assert s.min() > 0.3 and s.max() < 1.3
+    assert torch.allclose(tiny.orthogonalize(torch.ones(1, 20, 8)).mT, tiny.orthogonalize(torch.ones(1, 8, 20)), atol=1e-5)
+    w, goal = torch.nn.Parameter(torch.zeros(6, 4)), torch.randn(6, 4)
+    optimizer = tiny.Muon([w], lr=0.05)
+    losses = []
+    for _ in range(200):
+        loss = (w - goal).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_choose(model):
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05] + [1e-9] * 252))
+    draws = lambda **kw: Counter(tiny.choose(logits, generator=g, **kw) for _ in range(3000))
+    g = torch.Generator().manual_seed(0)
+    assert tiny.choose(logits, temperature=0) == 0
+    assert draws()[1] == pytest.approx(900, abs=120)
+    assert set(draws(top_p=0.7)) == {0, 1} and set(draws(top_p=0.0001)) == {0}
+
+
+def test_picture_and_svg_hold_the_curve():
+    curve = [(5, 2.5), (60, 1.4), (120, 1.1)]
+    text = tiny.picture(curve, 1.25)
+    assert text.count("o") >= 3 and "n-gram 1.25" in text and "2.50" in text and "1.10" in text and "120 s" in text
+    assert tiny.svg(curve, 1.25).count("<circle") == 3 and "n-gram 1.250" in tiny.svg(curve, 1.25)
+    assert tiny.picture([(1, 3.0)], None) and tiny.svg([(1, 3.0)], None)
+
+
+def closing_block(stdout):
+    """The `key: value` lines of a run -> dict."""
+    return dict(line.split(": ", 1) for line in stdout.splitlines() if ": " in line and line.split(": ")[0].replace("_", "").isalpha())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, stories_file):
+    """One whole run of the main job on the clock, as a user starts it. -> (its output, its folder)"""
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = script("tiny.py", "--minutes", 0.4, "--data", stories_file, "--out", out, "--width", 32, "--order", 8)
+    assert result.returncode == 0, result.stderr
+    return result, out
+
+
+def test_main_job(finished):
+    result, out = finished
+    facts = closing_block(result.stdout)
+    keys = "val_bpb ngram_bpb seconds steps bytes_seen parameters device seed out".split()
+    assert all(key in facts for key in keys)
+    assert 24 * 0.95 < float(facts["seconds"]) < 24 * 1.05  # ±2 % of five minutes are 6 s; here 5 % are 1.2 s
+    assert float(facts["val_bpb"]) < 1.5 and float(facts["ngram_bpb"]) < 0.6
+    assert int(facts["bytes_seen"]) == int(facts["steps"]) * 8 * 256
+    assert "\r" not in result.stderr and result.stdout.rstrip().endswith(f"python sample.py --out {out}")
+    assert sorted(os.listdir(out)) == ["curve.svg", "model.pt"]
+
+
+def test_sample_reads_the_checkpoint(finished):
+    _, out = finished
+    command = ["sample.py", "--out", out, "--n", 3, "--length", 400]
+    result = script(*command)
+    told = result.stdout.split("\n<|endoftext|>\n")
+    assert len(told) == 3 and all(story.startswith("Once upon a time") for story in told), result.stderr
+    assert script(*command).stdout == result.stdout != script(*command, "--seed", 2).stdout
+    model, facts = tiny.load_checkpoint(out)
+    assert facts["val_bpb"] == float(closing_block(finished[0].stdout)["val_bpb"])
+    result = script("sample.py", "--out", out, "--n", 1, "--length", 40, "--prompt", b"\xff\xfe caf\xc3\xa9 \x1b[2J".decode("utf-8", "surrogateescape"))
+    assert result.returncode == 0 and result.stdout.startswith("\ufffd\ufffd café \ufffd[2J")
+
+
+def test_steps_repeat_exactly_and_evaluating_changes_nothing(tmp_path, stories_file, monkeypatch):
+    def weights(name, show=tiny.SHOW):
+        monkeypatch.setattr(tiny, "SHOW", show)
+        tiny.main(["--steps", "12", "--data", str(stories_file), "--out", str(tmp_path / name), "--width", "16", "--order", "5", "--distill", "0.5"])
+        return torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"]
+
+    first = weights("a")
+    for other in (weights("b"), weights("c", show=())):
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_without_network_or_ngram(tmp_path):
+    """The main job on the built-in stories, without --data, when nothing answers."""
+    code = "import data, tiny; data.URL = 'http://127.0.0.1:9'; data.run(lambda: tiny.main(['--steps', '3', '--order', '0', '--distill', '0']))"
+    result = script("-c", code, cwd=tmp_path, env={"PYTHONPATH": HERE})
+    assert result.returncode == 0, result.stderr
+    assert "MEAN NOTHING" in result.stderr and "ngram_bpb: none" in result.stdout and "val_bpb: " in result.stdout
+
+
+@pytest.mark.parametrize("command, words", [
+    ("tiny.py --data missing.txt", ["missing.txt", "No such file"]),
+    ("tiny.py --data .", ["cannot read .", "directory"]),
+    ("tiny.py --data empty.txt", ["empty.txt is empty"]),
+    ("tiny.py --data short.txt", ["validation text has", "at least"]),
+    ("tiny.py --valid short.txt", ["--valid needs --data"]),
+    ("tiny.py --data short.txt --valid missing.txt", ["missing.txt"]),
+    ("tiny.py --minutes 0", ["--minutes 0"]), ("tiny.py --minutes nan", ["--minutes nan"]), ("tiny.py --minutes inf", ["--minutes inf"]),
+    ("tiny.py --steps 0", ["--steps 0"]), ("tiny.py --distill 1.5", ["--distill 1.5"]), ("tiny.py --order 300", ["--order 300"]),
+    ("tiny.py --order 0 --distill 0.5", ["no teacher"]), ("tiny.py --width 30 --heads 4", ["--width 30"]), ("tiny.py --layers 0", ["--layers 0"]),
+    ("tiny.py --device mps", ["--device mps"]), ("tiny.py --megabytes 0", ["--megabytes 0"]),
+    ("ngram.py --orders 0", ["--orders"]), ("ngram.py --data empty.txt", ["empty.txt"]), ("data.py --data missing.txt", ["missing.txt"]),
+    ("sample.py --out nowhere", ["no model in nowhere", "train one first"]), ("sample.py --out broken", ["not a checkpoint"]),
+    ("sample.py --n 0", ["--n 0"]), ("sample.py --temperature -1", ["--temperature -1"]), ("sample.py --top-p 0", ["--top-p 0"]),
+])
+def test_bad_input_gets_one_line(tmp_path, command, words):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "short.txt").write_bytes(b"Too short.")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.pt").write_bytes(b"no checkpoint")
+    name, *rest = command.split()
+    refused(script(os.path.join(HERE, name), *rest, cwd=tmp_path), *words)
+
+
+def test_help_has_an_example():
+    for name in ("data.py", "ngram.py", "tiny.py", "sample.py"):
+        result = script(name, "--help")
+        assert result.returncode == 0 and "example: python " + name in result.stdout
