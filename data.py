@@ -246,7 +246,7 @@ def load(files=None, valid=None, megabytes=100, cache="cache", least=2):
     """The text to learn from and the text to be judged on. -> Text
 
     files, valid: paths, or None for TinyStories (its first `megabytes` MB, kept in the folder `cache`), or without a network the built-in
-    stories. least: bytes that each of the two must have. Raises Problem, whose message says what to do.
+    stories. least: bytes that the training text must have. Raises Problem, whose message says what to do.
     """
     waited = 0.0
     if files:
@@ -273,9 +273,9 @@ def load(files=None, valid=None, megabytes=100, cache="cache", least=2):
                   "For real stories run this where there is a network, or name a text file of your own: --data FILE", file=sys.stderr)
             train, held = split(encode(invent()))
             source = "built-in stories (no network)"
-    for name, text in (("training", train), ("validation", held)):
-        if len(text) < least:
-            raise Problem(f"the {name} text has {len(text):,} bytes, at least {least:,} are needed; give more text with --data or --valid")
+    for name, text, enough in (("training", train, least), ("validation", held, 64)):
+        if len(text) < enough:
+            raise Problem(f"the {name} text has {len(text):,} bytes, at least {enough:,} are needed; give more text with --data or --valid")
     return Text(train, held, source, waited)
 
 

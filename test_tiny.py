@@ -488,7 +488,7 @@ def test_without_network_or_ngram(tmp_path):
     ("tiny.py --data missing.txt", ["missing.txt", "No such file"]),
     ("tiny.py --data .", ["cannot read .", "directory"]),
     ("tiny.py --data empty.txt", ["empty.txt is empty"]),
-    ("tiny.py --data short.txt", ["validation text has", "at least"]),
+    ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 257"]),
     ("tiny.py --valid short.txt", ["--valid needs --data"]),
     ("tiny.py --data short.txt --valid missing.txt", ["missing.txt"]),
     ("tiny.py --minutes 0", ["--minutes 0"]), ("tiny.py --minutes nan", ["--minutes nan"]), ("tiny.py --minutes inf", ["--minutes inf"]),
