@@ -70,6 +70,15 @@ def printable(text):
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
+def peak_memory():
+    """The most memory this process has held so far, bytes; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def stories(array):
     """Cut at END: (n,) uint8 -> list of bytes, without the empty ones."""
     return [story for story in array.tobytes().split(b"\0") if story.strip()]

@@ -1,4 +1,4 @@
-"""Count bytes, predict bytes: an interpolated modified Kneser-Ney n-gram in numpy.
+"""Count bytes, predict bytes: n-gram models in numpy, up to interpolated modified Kneser-Ney.
 
 By the end of this file you know how a language model is made by counting alone, why it must keep some probability for what it has never
 seen, why it asks "after how many different contexts have I met this byte?" instead of "how often?", and how to do all of it for tens of
@@ -7,11 +7,12 @@ millions of n-grams in a few seconds without a Python loop over bytes. The one c
     python ngram.py --data stories.txt        counts, scores several orders on held-out text, writes a story
 
 Terms (Chen & Goodman, "An empirical study of smoothing techniques for language modeling", 1999): an *n-gram* is n bytes in a row, its
-first n-1 bytes are the *context*, its last byte the *follower*; the model's *order* is the longest n it uses. Axes: N positions asked
+first n-1 bytes are the *context* h, its last byte the *follower* w; the model's *order* is the longest n it uses. Axes: N positions asked
 about, E n-grams that follow the contexts of those positions, 256 byte values. The class needs numpy alone and can be copied with this file.
 """
 import argparse
 import os
+import sys
 import time
 
 import numpy as np
@@ -20,7 +21,69 @@ END = 0  # the byte between stories; no context reaches back beyond it
 DENSE = 3  # orders 1..3 have so few contexts (some thousand) that their distributions are worked out once and kept as a table
 
 
-# ---- 1. Contexts as numbers ----------------------------------------------------------------------------------------------------------
+# ---- 1. From counts to probabilities -------------------------------------------------------------------------------------------------
+# Count how often each byte w followed each context h: c(h w). The obvious model is p(w | h) = c(h w) / c(h), and it is useless: any text
+# has something new in it, the model says 0, and one 0 makes the whole text impossible (infinitely many bits). So every byte seen must give
+# up a little for those not seen. All the models here have one form:
+#
+#       p_n(w | h) = (c(h w) - discount) / denominator  +  handed / denominator * p_{n-1}(w | h without its farthest byte)
+#
+# What was taken from the counts is what is handed down to the next shorter context, so each distribution sums to 1; below order 1 stands
+# the uniform distribution, 1/256. "the quick brown f" may be new, but "brown f" was seen, and if not, "n f". They differ in how much to
+# hand down, and in what a count is.
+
+SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute", "kneser-ney", "modified-kneser-ney")
+
+
+def smooth(smoothing, count, first, learned):
+    """Say what each count gives up. count (E,) int64: the n-grams of N contexts, side by side; first (N,): where each context's begin.
+
+    learned: what `fit` found out about this order. -> discount (E,), handed (N,), denominator (N,)
+    """
+    total = np.add.reduceat(count, first)  # c(h)
+    if smoothing == "maximum-likelihood":  # nothing: what was never seen is impossible
+        return 0, np.zeros(len(first), np.float32), total
+    if smoothing == "add-k":  # as if each of the 256 bytes had been seen k times more; 1/256 of that is p_0 (Laplace, with k = 1)
+        k = 0.01
+        return 0, np.full(len(first), 256 * k, np.float32), total + 256 * k
+    if smoothing == "jelinek-mercer":  # one weight per order, learned: how far this order is to be trusted (Jelinek & Mercer 1980)
+        return count * (1 - learned[0]), total * (1 - learned[0]), total
+    if smoothing == "witten-bell":  # "something new" is an event too; it happened once for each different follower (Witten & Bell 1991)
+        different = np.add.reduceat((count > 0).astype(np.int64), first)
+        return 0, different, total + different
+    # Absolute discounting (Ney, Essen & Kneser 1994) and both Kneser-Neys: every count gives up a constant, as text not yet seen repeats
+    # an n-gram that was seen c times not c but about c - 0.75 times as often. Modified Kneser-Ney has three constants, for 1, 2 and more.
+    discount = learned[np.minimum(count, 3)]
+    return discount, np.add.reduceat(discount, first), total
+
+
+def discounts(count, smoothing):
+    """The constants, from how many n-grams were counted once, twice, ...: (n-grams,) -> what a count of 0, 1, 2, and 3 or more gives up.
+
+    They estimate by how much a count in one half of a text is above that in the other half (Chen & Goodman 1999, equations 17 and 26).
+    Kept between 0.01 and c: a discount of 0 would let unseen bytes have probability 0, one above c would make a probability negative.
+    """
+    n = np.bincount(np.minimum(count, 5), minlength=6).astype(float)
+    y = n[1] / max(1, n[1] + 2 * n[2])
+    if smoothing == "modified-kneser-ney":
+        found = [c - (c + 1) * y * n[c + 1] / max(1, n[c]) for c in (1, 2, 3)]
+    else:
+        found = [y, y, y]
+    return np.array([0] + [min(max(d, 0.01), c) for c, d in zip((1, 2, 3), found)], np.float32)
+
+
+# And Kneser-Ney's question (1995). A shorter context is asked only where the longer one did not know. "Francisco" is frequent, so after an
+# unknown "my " a plain count offers it; but it was only ever met after "San ". What counts below the top order is therefore not how often
+# w followed h, but after how many *different* bytes "h w" was met, its continuation count:
+#
+#       text:   San Francisco, San Francisco, San Francisco, my dog, a dog, the dog
+#       counts:                      " F": 3, " d": 3         how often?
+#       continuation counts:         " F": 1, " d": 3         after how many different bytes?  (n; y, a, e)
+#
+# In bytes: "h w" gets 1 for every different byte that stands before it somewhere. Sweep the models (--sweep) to see what that is worth.
+
+
+# ---- 2. Contexts as numbers ----------------------------------------------------------------------------------------------------------
 # A context of any length becomes one 64-bit number, so that "the same context" is "the same number":
 #
 #       hash(context of t bytes before i) = sum over s = 1..t of (data[i-s] + 1) * ODD^s      modulo 2^64
@@ -65,7 +128,7 @@ def runs(sorted_array):
     return np.flatnonzero(new)
 
 
-# ---- 2. One order's counts -----------------------------------------------------------------------------------------------------------
+# ---- 3. One order's counts -----------------------------------------------------------------------------------------------------------
 
 class Counts:
     """The n-grams of one order: for every context its followers and how often each was counted.
@@ -114,74 +177,106 @@ class Counts:
         return found
 
 
-# ---- 3. The model --------------------------------------------------------------------------------------------------------------------
+def distinct(keys):
+    """The index of one event of each different key. (n,) uint64 -> (different keys,) int64
+
+    Pack a hash of the key above the event's index and sort: the first of each run stands for the run. One number holds both, and numpy
+    sorts numbers ten times faster than it finds the order of pairs (argsort). With 2^24 events 40 bits are left for the hash, and of a
+    million different keys about two pairs share theirs: one continuation count in a million is missed.
+    """
+    width = np.uint64(max(1, len(keys).bit_length()))
+    packed = mix(keys)
+    packed >>= width
+    packed <<= width
+    packed |= np.arange(len(keys), dtype=np.uint64)
+    packed.sort()
+    index = packed & ((np.uint64(1) << width) - np.uint64(1))
+    packed >>= width
+    return index[runs(packed)].astype(np.int64)
+
+
+# ---- 4. The model --------------------------------------------------------------------------------------------------------------------
 
 class NGram:
-    """Interpolated modified Kneser-Ney over bytes (Kneser & Ney 1995; Chen & Goodman 1999).
+    """A counting language model over bytes. smoothing: one of SMOOTHINGS; order: the longest n-gram, 1 to 255."""
 
-        p_n(w | h) = (c(h w) - D(c(h w))) / c(h)  +  gamma(h) * p_{n-1}(w | h without its farthest byte)
-
-    Every count gives up a discount D; gamma(h), the sum of what the followers of h gave up, divided by c(h), is handed to the next shorter
-    context, so each distribution sums to 1. Below order 1 stands the uniform distribution 1/256: nothing ever has probability 0.
-    """
-
-    def __init__(self, order=12):
+    def __init__(self, order=12, smoothing="modified-kneser-ney"):
         if not 1 <= order < len(POWERS):
             raise ValueError(f"order must be from 1 to {len(POWERS) - 1}, not {order}")
-        self.order = order
+        if smoothing not in SMOOTHINGS:
+            raise ValueError(f"smoothing must be one of {', '.join(SMOOTHINGS)}, not {smoothing}")
+        self.order, self.smoothing = order, smoothing
+        self.continuation = smoothing.endswith("kneser-ney")
+        self.row_of = np.full(65536, -1, np.int32)  # two bytes -> their row in dense, -1: not worked out
+        self.dense = np.zeros((0, 256), np.float32)
 
     def fit(self, data):
         """Count data, (n,) uint8. Returns self. Raises ValueError if there is nothing to count.
 
-        At the top order c(h w) is how often h w occurs. Below it, c(h w) is in how many different n+1-grams h w is the end: after how many
-        different bytes it was met. "Francisco" is frequent, but only ever after "San "; a shorter context is asked only where the longer
-        one did not know, and there "Francisco" deserves what its variety says, not its frequency.
-
-        Both kinds of count come from the same step. Sort the n-grams' hashes: equal ones stand together, and the length of a run is the
-        count. Keep one position of each run; there is now one event per *distinct* n-gram, so counting n-1-grams on what is left counts in
-        how many distinct n-grams each is the end.
+        Sort the hashes of all n-grams of the top order: equal ones stand together, and the length of a run is the count. Then keep one
+        event of each run. There is now one event for each *different* n-gram, so counting n-1-grams over what is left gives exactly
+        their continuation counts, and over ever fewer events. (For plain counts all events are kept.)
         """
         data = np.ascontiguousarray(data, np.uint8)
         if len(data) == 0:
             raise ValueError("nothing to count: the text is empty")
-        h = np.empty(len(data), np.uint64)
-        depth = np.zeros(len(data), np.uint8)  # how many bytes back each context reaches before padding begins
+        h = np.zeros(len(data), np.uint64)  # hash of each event's context
+        depth = np.zeros(len(data), np.uint8)  # how many bytes back the context reaches before padding begins
         for a in range(0, len(data), 1 << 18):  # a slice at a time stays in the cache
-            here = np.arange(a, min(a + (1 << 18), len(data)))
-            h[a : a + len(here)] = 0
-            for hashed, inside in context_hashes(data, here, self.order - 1):
-                depth[here] += inside
+            here, some = slice(a, a + (1 << 18)), np.arange(a, min(a + (1 << 18), len(data)))
+            for hashed, inside in context_hashes(data, some, self.order - 1):
                 h[here] = hashed
+                depth[here] += inside
         position = np.arange(len(data), dtype=np.int32)
-        self.counts, self.discounts = [None] * (self.order + 1), np.zeros((self.order + 1, 4), np.float32)
+        self.counts = [None] * (self.order + 1)
+        self.learned = np.zeros((self.order + 1, 4), np.float32)
         for n in range(self.order, 0, -1):
             key = mix(h)
             key &= ~np.uint64(255)
             key |= data[position]
-            # One event of each distinct n-gram: pack a hash of the n-gram above the event's index and sort; a run's first entry stands for
-            # the run. 64 bits hold both, which numpy sorts ten times faster than it can argsort; with 2^24 events 40 bits are left for the
-            # hash, and two different n-grams in a million share theirs.
-            width = np.uint64(max(1, len(key).bit_length()))
-            packed = mix(key)
-            packed >>= width
-            packed <<= width
-            packed |= np.arange(len(key), dtype=np.uint64)
-            packed.sort()
-            kept = (packed[runs(packed >> width)] & ((np.uint64(1) << width) - np.uint64(1))).astype(np.int64)
-            del packed
-            self.counts[n] = Counts(key)
-            self.discounts[n, 1:] = modified_discounts(self.counts[n].count)
-            if n > 1:  # the next order's contexts are one byte shorter
-                h, position, depth = h[kept], position[kept], depth[kept]
-                h -= (byte_before(data, position, n - 1) + np.uint64(1)) * POWERS[n - 1] * (n - 1 <= depth)
-            if n == DENSE:
+            if n == min(DENSE, self.order):
                 pairs = position
-        self._tabulate(data, pairs if self.order >= DENSE else position)
+            if n > 1:
+                if self.continuation:
+                    kept = distinct(key)
+                    h, position, depth = h[kept], position[kept], depth[kept]
+                # The next order's contexts are one byte shorter.
+                h -= (byte_before(data, position, n - 1) + np.uint64(1)) * POWERS[n - 1] * (n - 1 <= depth)
+            self.counts[n] = Counts(key)
+            self.learned[n] = discounts(self.counts[n].count, self.smoothing)
+        if self.smoothing == "jelinek-mercer":
+            self._learn_weights(data)
+        self._tabulate(data, pairs)
         return self
+
+    def _learn_weights(self, data):
+        """How far to trust each order, by expectation maximisation on 30,000 positions of the text, each left out of the counts.
+
+        p_n(w | h) = weight * c(h w) / c(h) + (1 - weight) * p_{n-1}: a byte comes from order n, or else from below. E-step: with the
+        weights so far, which order did each byte probably come from? M-step: a weight is the share of the bytes that got as far as order
+        n, in a context known there, and came from it.
+        """
+        at = np.random.default_rng(0).integers(0, len(data), 30_000)
+        p = np.full((len(at), self.order + 1), 1 / 256)
+        for n in range(1, self.order + 1):  # all the weight on one order gives that order's opinion alone
+            self.learned[:, 0] = np.arange(self.order + 1) == n
+            p[:, n] = self._walk(data, at, True, self.order)[np.arange(len(at)), data[at]]
+        known = p != np.float32(1 / 256)
+        weight = np.full(self.order + 1, 0.5)
+        for _ in range(30):
+            came, left = np.zeros_like(p), np.ones(len(at))
+            for n in range(self.order, 0, -1):
+                came[:, n] = left * weight[n] * known[:, n]
+                left = left - came[:, n]
+            came[:, 0] = left
+            came *= p
+            came /= came.sum(1, keepdims=True)
+            for n in range(1, self.order + 1):
+                weight[n] = came[:, n].sum() / max(came[known[:, n], : n + 1].sum(), 1e-9)
+        self.learned[:, 0] = weight.clip(0, 0.9999)
 
     def _tabulate(self, data, positions):
         """Work out the distributions after every pair of bytes that occurs: (pairs, 256) float32, and where each pair's row is."""
-        self.row_of = np.full(65536, -1, np.int32)
         pair, at = np.unique(self._pair(data, positions), return_index=True)
         self.dense = self._walk(data, positions[at].astype(np.int64), False, min(DENSE, self.order))
         self.row_of[pair] = np.arange(len(pair))
@@ -201,56 +296,62 @@ class NGram:
         return self._walk(data, np.asarray(positions, np.int64), leave_one_out, self.order)
 
     def _walk(self, data, positions, leave_one_out, order):
-        """probs with the first `order` orders. Down the orders, carrying how much probability is still to be given out.
+        """probs with the first `order` orders: down the orders, carrying how much probability is still to be given out.
 
-        Leaving one out: at the top order the position's own n-gram is counted one time less. If that was its only time, the n-gram
-        would not exist, so the order below would have met its end after one context less: take one there too, and so on down. Totals,
-        discounts and gamma are worked out from the lowered counts, so the answer is exactly that of a recount (with the same discounts).
+        Leaving one out: a text that was counted holds every n-gram it is asked about, so the model would recite it. At the top order the
+        position's own n-gram is therefore counted one time less. If that was its only time, the n-gram would not exist, so the order
+        below would have met its end after one byte less: take one there too, and so on down. (Plain counts lose one at every order.)
+        Totals and what is handed down follow from the lowered counts, so the answer is that of a recount, with the same discounts.
         """
         N = len(positions)
         hashes = [np.zeros(N, np.uint64)] + [h.copy() for h, _ in context_hashes(data, positions, order - 1)]
-        found = {}  # n -> (rows whose context of n-1 bytes was counted, its index); a longer context can only be known if the shorter is
+        lowest = min(DENSE, order)
+        found = {}  # n -> (rows whose context of n-1 bytes was counted, its index); the longer context is only known if the shorter is
         row = np.arange(N)
-        for n in range(min(DENSE, order) + 1, order + 1):
+        for n in range(lowest + 1, order + 1):
             context = self.counts[n].find(mix(hashes[n - 1][row]))
             row, context = row[context >= 0], context[context >= 0]
             found[n] = row, context
 
         gold = data[positions].astype(np.int16) if leave_one_out else None
         lowered = np.full(N, leave_one_out)  # rows whose own n-gram must still be taken away at this order
-        weight = np.ones(N, np.float32)  # what the higher orders handed down
-        base = np.full((N, 256), 1 / 256, np.float32)
+        weight = np.ones(N, np.float32)  # the probability that the higher orders handed down
+        base = np.full((N, 256), 1 / 256, np.float32)  # to whom it goes in the end
         pieces = []
         for n in range(order, 0, -1):
-            if n == min(DENSE, order):  # nearly all rows end here, in the table
-                dense = np.where(lowered, -1, self.row_of[self._pair(data, positions)])
-                base[dense >= 0] = self.dense[dense[dense >= 0]] if (dense >= 0).any() else 0
-                row = np.flatnonzero(dense < 0)
-            if n <= DENSE:
-                if len(row) == 0:
-                    break
+            if n <= lowest:
+                if n == lowest and self.smoothing != "add-k":  # nearly all rows end here, in the table
+                    dense = np.where(lowered, -1, self.row_of[self._pair(data, positions)])
+                    row = np.flatnonzero(dense < 0)
+                    base[dense >= 0] = self.dense[dense[dense >= 0]]
+                elif n == lowest:
+                    row = np.arange(N)
                 context = self.counts[n].find(mix(hashes[n - 1][row]))
                 found[n] = row[context >= 0], context[context >= 0]
             at, context = found[n]
-            table = self.counts[n]
-            begin = table.start[context]
-            size = (table.start[context + 1] - begin).astype(np.int64)
-            first = np.cumsum(size) - size  # (rows,) where each row's entries begin among the E of this order
-            of = np.repeat(np.arange(len(at)), size)  # (E,) which of the rows an entry belongs to
-            entry = np.arange(len(of)) + (begin - first)[of]  # (E,) index into byte and count
-            byte, count = table.byte[entry], table.count[entry]
-            if leave_one_out:
-                own = np.flatnonzero(byte == np.where(lowered, gold, -1)[at][of])
-                count[own] -= 1
-                lowered[at[of[own[count[own] > 0]]]] = False
-            discount = self.discounts[n][np.minimum(count, 3)]
-            # Sums over each row's entries; a row that was found has at least one.
-            total = np.add.reduceat(count, first).astype(np.float32) if len(at) else np.zeros(0, np.float32)
-            handed = np.add.reduceat(discount, first) if len(at) else total
-            some = np.maximum(total, 1)  # a context left without any follower passes everything on
-            pieces.append(((at * 256)[of] + byte, (count - discount) * (weight[at] / some)[of]))
-            # Too small a weight would vanish in float32; 1e-12 more probability than 1 is far below its rounding.
-            weight[at] = np.maximum(weight[at] * np.where(total > 0, handed / some, 1), 1e-12)
+            if len(at):
+                table = self.counts[n]
+                begin = table.start[context]
+                size = (table.start[context + 1] - begin).astype(np.int64)
+                first = np.cumsum(size) - size  # (rows,) where each row's entries begin among the E of this order
+                of = np.repeat(np.arange(len(at)), size)  # (E,) which of the rows an entry belongs to
+                entry = np.arange(len(of)) + (begin - first)[of]  # (E,) its index into byte and count
+                byte, count = table.byte[entry], table.count[entry].astype(np.int64)
+                if leave_one_out:
+                    own = np.flatnonzero(byte == np.where(lowered, gold, -1)[at][of])
+                    count[own] -= 1
+                    if self.continuation:
+                        lowered[at[of[own[count[own] > 0]]]] = False
+                discount, handed, denominator = smooth(self.smoothing, count, first, self.learned[n])
+                known = denominator > 0  # a context that has lost its only follower passes everything on
+                share = (weight[at] / np.maximum(denominator, 1e-9)).astype(np.float32)
+                pieces.append(((at * 256)[of] + byte, (count - discount) * share[of]))
+                weight[at] = np.where(known, share * handed, weight[at])
+            if self.smoothing == "add-k":
+                break  # mixes the top order with p_0, nothing between
+            if self.smoothing != "maximum-likelihood":
+                # Too small a weight would vanish in float32; 1e-12 more than 1 is far below its rounding.
+                np.maximum(weight, 1e-12, out=weight)
         base *= weight[:, None]
         for index, value in pieces:
             base.reshape(-1)[index] += value  # one order names a byte at most once per row, so no addition is lost
@@ -289,15 +390,15 @@ class NGram:
         """Write everything to one .npz file; path is the old file or the whole new one, never a part."""
         arrays = {f"{n}.{name}": getattr(table, name) for n, table in enumerate(self.counts) if n for name in Counts.__slots__}
         with open(f"{path}.tmp", "wb") as file:
-            np.savez(file, order=self.order, discounts=self.discounts, dense=self.dense, row_of=self.row_of, **arrays)
+            np.savez(file, order=self.order, smoothing=self.smoothing, learned=self.learned, dense=self.dense, row_of=self.row_of, **arrays)
         os.replace(f"{path}.tmp", path)
 
     @classmethod
     def load(cls, path):
         """Read what save wrote. -> NGram"""
         with np.load(path, allow_pickle=False) as file:
-            model = cls(int(file["order"]))
-            model.discounts, model.dense, model.row_of = file["discounts"], file["dense"], file["row_of"]
+            model = cls(int(file["order"]), str(file["smoothing"]))
+            model.learned, model.dense, model.row_of = file["learned"], file["dense"], file["row_of"]
             model.counts = [None] + [Counts.__new__(Counts) for _ in range(model.order)]
             for n, table in enumerate(model.counts[1:], 1):
                 for name in Counts.__slots__:
@@ -306,49 +407,92 @@ class NGram:
         return model
 
 
-def modified_discounts(count):
-    """What counts of 1, 2 and 3 or more give up, from the numbers of n-grams counted once, twice ... four times. (n-grams,) -> 3 floats.
+# ---- 6. To see it work ---------------------------------------------------------------------------------------------------------------
 
-    n-grams counted c times in one half of a text are counted fewer than c times in the other; Chen & Goodman's estimate of the difference.
-    Kept between 0.01 and c: a discount of 0 would let unseen bytes have probability 0, one above c would make a probability negative.
-    """
-    n = np.bincount(np.minimum(count, 5), minlength=6).astype(float)
-    y = n[1] / max(1, n[1] + 2 * n[2])
-    return [min(max(c - (c + 1) * y * n[c + 1] / max(1, n[c]), 0.01), c) for c in (1, 2, 3)]
+# The original research swept 19 n-grams. These are chosen so that one sees each smoothing at a short, a middle and a long order.
+SWEEP = [("maximum-likelihood", 2), ("maximum-likelihood", 4), ("add-k", 2), ("add-k", 4)] + [
+    (smoothing, order) for smoothing in SMOOTHINGS[2:6] for order in (3, 6, 12)] + [("modified-kneser-ney", n) for n in (2, 3, 4, 6, 8, 12, 16)]
 
 
-# ---- 4. To see it work ---------------------------------------------------------------------------------------------------------------
+def measure(text, scored, smoothing, order):
+    """Count text.train, score the bytes `scored`. -> (row of figures, model)"""
+    began = time.perf_counter()
+    model = NGram(order, smoothing).fit(text.train)
+    seconds = time.perf_counter() - began
+    n, memory = model.size(), model.nbytes()
+    return dict(bpb=model.bits_per_byte(scored), seconds=seconds, rate=len(text.train) / 1e6 / seconds, ngrams=n / 1e6, MB=memory / 1e6,
+                each=memory / n, order=order, smoothing=smoothing), model
+
+
+HEAD = "   bpb  seconds   MB/s  million n-grams     MB  bytes each  order  smoothing"
+
+
+def line(row):
+    return "{bpb:6.4f}  {seconds:7.1f}  {rate:5.1f}  {ngrams:15.2f}  {MB:5.0f}  {each:10.1f}  {order:5}  {smoothing}".format(**row)
+
+
+def sweep(text):
+    """Measure every model of SWEEP and print a table, best first, and what the best one tells."""
+    from tqdm import tqdm
+
+    rows, best = [], None
+    for smoothing, order in tqdm(SWEEP, desc="models", disable=not sys.stderr.isatty()):
+        row, model = measure(text, text.valid, smoothing, order)
+        rows.append(row)
+        if best is None or row["bpb"] < best[0]:
+            best = row["bpb"], model
+    print(HEAD)
+    for row in sorted(rows, key=lambda row: row["bpb"]):
+        print(line(row))
+    return best[1]
+
 
 def main():
-    import resource
-
-    from data import Problem, add_arguments, text_from
-
     parser = argparse.ArgumentParser(description="Count n-grams of bytes, score them on text they have not seen, write a story.",
                                      epilog="example: python ngram.py --data stories.txt --orders 2 4 8 12")
     parser.add_argument("--orders", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 12], help="(default: 1 2 3 4 6 8 12)")
+    parser.add_argument("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], help="(default: %(default)s)")
+    parser.add_argument("--sweep", action="store_true", help=f"instead measure {len(SWEEP)} models of different order and smoothing")
+    parser.add_argument("--save", metavar="FILE", help="keep the last model counted")
+    parser.add_argument("--load", metavar="FILE", help="count nothing: tell a story with a model that was kept")
+    parser.add_argument("--prompt", default="Once upon a time", help="how the story begins (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the story (default: %(default)s)")
     add_arguments(parser)
     args = parser.parse_args()
     if not all(1 <= order < len(POWERS) for order in args.orders):
         raise Problem(f"--orders: each from 1 to {len(POWERS) - 1}; 12 is usual")
-    text = text_from(args)
-    print(f"{text.source}: counting {len(text.train):,} bytes, scoring {len(text.valid):,}\n")
-    print("order  bits per byte  seconds  million n-grams    MB")
-    for order in args.orders:
+    if args.load:
         began = time.perf_counter()
-        model = NGram(order).fit(text.train)
-        seconds = time.perf_counter() - began
-        print(f"{order:5}  {model.bits_per_byte(text.valid):13.4f}  {seconds:7.1f}  {model.size() / 1e6:15.2f}  {model.nbytes() / 1e6:4.0f}", flush=True)
-    sample = np.linspace(0, len(text.train) - 1, 50_000).astype(np.int64)
-    print(f"\norder {order} about the text it counted: {model.bits_per_byte(text.train, sample):.4f} bits per byte reciting, "
-          f"{model.bits_per_byte(text.train, sample, leave_one_out=True):.4f} with each occurrence left out")
-    scale = 1 if os.uname().sysname == "Darwin" else 1024
-    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6:.0f} MB\n")
-    print(model.generate(b"Once upon a time", 600, 0.8, args.seed).decode("utf-8", "replace"))
+        model = NGram.load(args.load)
+        print(f"{model.size():,} n-grams of order {model.order} read in {time.perf_counter() - began:.2f} s\n")
+    else:
+        text = text_from(args)
+        print(f"{text.source}: counting {len(text.train):,} bytes, scoring {len(text.valid):,}\n", flush=True)
+        if args.sweep:
+            model = sweep(text)
+        else:
+            print(HEAD)
+            for order in args.orders:
+                row, model = measure(text, text.valid, args.smoothing, order)
+                print(line(row), flush=True)
+            some = np.linspace(0, len(text.train) - 1, 100_000).astype(np.int64)
+            print(f"\norder {model.order}, bits per byte:")
+            print(f"{model.bits_per_byte(text.train, some):.4f} on the text it counted, reciting")
+            print(f"{model.bits_per_byte(text.train, some, leave_one_out=True):.4f} on the same, each occurrence left out")
+            began = time.perf_counter()
+            print(f"{row['bpb']:.4f} on text it has not seen")
+            model.probs(text.valid, np.arange(min(len(text.valid), 100_000)))
+            print(f"{min(len(text.valid), 100_000) / (time.perf_counter() - began):,.0f} distributions per second")
+        print(f"peak memory: {peak_memory() / 1e6:,.0f} MB")
+    if args.save:
+        began = time.perf_counter()
+        model.save(args.save)
+        print(f"saved {os.path.getsize(args.save) / 1e6:,.0f} MB in {time.perf_counter() - began:.2f} s: {os.path.getsize(args.save) / model.size():.1f} bytes per n-gram")
+    print("\n" + printable(model.generate(os.fsencode(args.prompt), 800, args.temperature, args.seed).decode("utf-8", "replace")))
 
 
 if __name__ == "__main__":
-    from data import run
+    from data import Problem, add_arguments, peak_memory, printable, run, text_from  # only the script needs them: the class stands alone
 
     run(main)
