@@ -139,7 +139,7 @@ class Counts:
         tag     (contexts,)   uint32   32 more bits of the hash, to tell the one or two contexts of a bucket apart
         start   (contexts + 1,) uint32 where a context's followers begin
         byte    (n-grams,)    uint8    the follower
-        count   (n-grams,)    uint32   its count
+        count   (n-grams,)    uint8 to uint32, as the largest needs: its count
 
     Hashes are spread evenly, so the top bits alone lead to within a place or two of the right context: no binary search, no collisions
     to chain. A wrong context passes for the right one once in 2^32 look-ups.
@@ -150,7 +150,8 @@ class Counts:
         """keys: (n,) uint64, one per counted event, 56 bits of context hash and 8 bits of follower; sorted here, in place."""
         keys.sort()  # equal n-grams now stand together, and so do the n-grams of one context
         first = runs(keys)
-        self.count = np.diff(np.append(first, len(keys))).astype(np.uint32)
+        self.count = np.diff(np.append(first, len(keys)))
+        self.count = self.count.astype(np.min_scalar_type(self.count.max()))  # counts of long n-grams fit 16 bits
         keys = keys[first]
         self.byte = keys.astype(np.uint8)
         keys >>= np.uint64(8)
@@ -195,7 +196,74 @@ def distinct(keys):
     return index[runs(packed)].astype(np.int64)
 
 
-# ---- 4. The model --------------------------------------------------------------------------------------------------------------------
+def learn_weights(p, kind, rounds=30):
+    """How far to trust each of several models, by expectation maximisation (Dempster, Laird & Rubin 1977; for n-grams Jelinek & Mercer 1980).
+
+    The last model is asked first: with its weight the byte comes from it, else from the one before, and so on; from model 0 without fail.
+    p (N, M + 1): the probability that each model gave to the byte that came. kind (N, M + 1) integers: in which state each model was; each
+    state has a weight of its own, and state 0 means "nothing to say", weight 0. -> weight (M + 1, states)
+
+    E-step: with the weights so far, from which model did each byte probably come? M-step: a model's weight is the share that came from it
+    of the bytes that got as far as it. Each round makes the text likelier, until nothing changes.
+    """
+    states = int(kind.max()) + 1
+    weight = np.full((p.shape[1], max(2, states)), 0.5)
+    weight[:, 0] = 0
+    for _ in range(rounds):
+        came, left = np.empty_like(p), np.ones(len(p))
+        for m in range(p.shape[1] - 1, 0, -1):
+            came[:, m] = left * weight[m, kind[:, m]]
+            left = left - came[:, m]
+        came[:, 0] = left
+        came *= p
+        came /= np.maximum(came.sum(1, keepdims=True), 1e-300)  # 0 only where every model said impossible
+        reached = np.cumsum(came, 1)
+        for m in range(1, p.shape[1]):
+            here, all_ = (np.bincount(kind[:, m], x[:, m], weight.shape[1]) for x in (came, reached))
+            weight[m] = here / np.maximum(all_, 1e-9)
+    return weight.clip(0, 0.99)  # below 1: what a model has never seen keeps some probability
+
+
+# ---- 4. The story so far -------------------------------------------------------------------------------------------------------------
+# What was counted stays as it is, but a story repeats itself: one that has met Lily will meet her again, though the counts know many names.
+# So a second, tiny model is asked as well: where has this story had the last 3 (4, 5, ... 12) bytes before, and what followed there? The
+# longest echo is asked first. How far it is trusted depends on its length, on how many places there are and on whether they agree; those
+# weights are learned. This is what compressors like PPM and paq do when they go on learning while they read (Cleary & Witten 1984).
+
+ECHOES = (3, 4, 5, 6, 8, 12)  # how many bytes in a row must have been there before
+LATEST = 8  # so many of those places are asked, the latest ones
+REACH = 4096  # a longer story is remembered this far back, bytes
+
+
+def echoes(text):
+    """Yield for each of ECHOES what followed the same bytes earlier in the same story. text: (n,) uint8, from the beginning of a story.
+
+    kind (n,): 0 no such place; 1, 2, 3 so many places (3: or more) and all agree; 4, 5 two or more places that do not
+    places (n,): how many; votes: a list of (positions, bytes that followed), each position at most once in each
+    """
+    positions = np.arange(len(text))
+    story = np.cumsum(text == END) - (text == END)  # which story each byte is in
+    salt = story.astype(np.uint64) * POWERS[-1]  # the same bytes in another story are another context
+    for t, (h, _) in enumerate(context_hashes(text, positions, max(ECHOES)), 1):
+        if t not in ECHOES:
+            continue
+        key = mix(h + salt)
+        order = np.argsort(key, kind="stable")  # the places of a context side by side, in the order of the text
+        key = key[order]
+        places, agree, first, votes = np.zeros(len(text), np.int64), np.ones(len(text), bool), np.zeros(len(text), np.uint8), []
+        for back in range(1, LATEST + 1):
+            same = key[back:] == key[:-back]
+            now, byte = order[back:][same], text[order[:-back][same]]
+            if back == 1:
+                first[now] = byte
+            agree[now] &= first[now] == byte
+            places[now] += 1
+            votes.append((now, byte))
+        kind = np.minimum(places, 3)
+        yield np.where(agree, kind, kind + 2), places, votes
+
+
+# ---- 5. The model --------------------------------------------------------------------------------------------------------------------
 
 class NGram:
     """A counting language model over bytes. smoothing: one of SMOOTHINGS; order: the longest n-gram, 1 to 255."""
@@ -247,33 +315,53 @@ class NGram:
         if self.smoothing == "jelinek-mercer":
             self._learn_weights(data)
         self._tabulate(data, pairs)
+        self._learn_echo(data)
         return self
 
     def _learn_weights(self, data):
-        """How far to trust each order, by expectation maximisation on 30,000 positions of the text, each left out of the counts.
-
-        p_n(w | h) = weight * c(h w) / c(h) + (1 - weight) * p_{n-1}: a byte comes from order n, or else from below. E-step: with the
-        weights so far, which order did each byte probably come from? M-step: a weight is the share of the bytes that got as far as order
-        n, in a context known there, and came from it.
-        """
+        """Jelinek-Mercer's weight for each order, learned on 30,000 positions of the text, each left out of the counts."""
         at = np.random.default_rng(0).integers(0, len(data), 30_000)
         p = np.full((len(at), self.order + 1), 1 / 256)
         for n in range(1, self.order + 1):  # all the weight on one order gives that order's opinion alone
             self.learned[:, 0] = np.arange(self.order + 1) == n
             p[:, n] = self._walk(data, at, True, self.order)[np.arange(len(at)), data[at]]
         known = p != np.float32(1 / 256)
-        weight = np.full(self.order + 1, 0.5)
-        for _ in range(30):
-            came, left = np.zeros_like(p), np.ones(len(at))
-            for n in range(self.order, 0, -1):
-                came[:, n] = left * weight[n] * known[:, n]
-                left = left - came[:, n]
-            came[:, 0] = left
-            came *= p
-            came /= came.sum(1, keepdims=True)
-            for n in range(1, self.order + 1):
-                weight[n] = came[:, n].sum() / max(came[known[:, n], : n + 1].sum(), 1e-9)
-        self.learned[:, 0] = weight.clip(0, 0.9999)
+        self.learned[:, 0] = learn_weights(p, known.astype(np.int64))[:, 1]
+
+    def _learn_echo(self, data):
+        """The weight of each echo, learned on the first 100,000 bytes or so, left out of the counts, since new text is what it is for."""
+        text = data[:100_000]
+        ends = np.flatnonzero(text == END)
+        text = text[: ends[-1] + 1] if len(ends) else text
+        p = [self._gold(data, np.arange(len(text)), True)]
+        kinds = [np.zeros(len(text), np.int64)]
+        for kind, places, votes in echoes(text):
+            right = np.zeros(len(text))
+            for now, byte in votes:
+                right[now] += byte == text[now]
+            p.append(right / np.maximum(places, 1))
+            kinds.append(kind)
+        self.echo = learn_weights(np.stack(p, 1), np.stack(kinds, 1))[1:].astype(np.float32)
+
+    def _listen(self, p, data, positions):
+        """Mix into p (N, 256), in place, what the story so far has to say. positions: a stretch of consecutive ones."""
+        a, b = int(positions[0]), int(positions[-1]) + 1
+        if not np.array_equal(positions, np.arange(a, b)):
+            raise ValueError("adaptive: the positions must be consecutive")
+        start = max(0, a - REACH)
+        ends = np.flatnonzero(data[start:a] == END)
+        start += ends[-1] + 1 if len(ends) else 0
+        text = np.append(data[start:b], np.uint8(END))[: b - start]  # the byte after the last may be asked about
+        left, said = np.ones(b - a, np.float32), []
+        for weight, (kind, places, votes) in zip(self.echo[::-1], list(echoes(text))[::-1]):
+            trust = np.take(weight, kind[a - start :], mode="clip")
+            share, left = left * trust / np.maximum(places[a - start :], 1), left * (1 - trust)
+            said.append((share, votes))
+        p *= left[:, None]
+        for share, votes in said:
+            for now, byte in votes:
+                now, byte = now[now >= a - start] - (a - start), byte[now >= a - start]
+                p[now, byte] += share[now]
 
     def _tabulate(self, data, positions):
         """Work out the distributions after every pair of bytes that occurs: (pairs, 256) float32, and where each pair's row is."""
@@ -287,13 +375,23 @@ class NGram:
         near, far = byte_before(data, positions, 1), byte_before(data, positions, 2)
         return np.where(near == END, 0, far.astype(np.int64)) * 256 + near
 
-    def probs(self, data, positions, leave_one_out=False):
+    def probs(self, data, positions, leave_one_out=False, adaptive=False):
         """The distribution of the byte at each position given the bytes before it.
 
         data: (n,) uint8; positions: (N,) integers from 0 to n (n asks for the byte after the last) -> (N, 256) float32, rows sum to 1.
         leave_one_out: data is the text that was counted; answer as if each position's own n-gram had not been (see `_walk`).
+        adaptive: listen to the story so far as well; the positions must then be consecutive (ValueError).
         """
-        return self._walk(data, np.asarray(positions, np.int64), leave_one_out, self.order)
+        positions = np.asarray(positions, np.int64)
+        p = self._walk(data, positions, leave_one_out, self.order)
+        if adaptive and len(positions):
+            self._listen(p, data, positions)
+        return p
+
+    def _gold(self, data, positions, leave_one_out=False, adaptive=False):
+        """The probability of the byte that came, at each position. (N,) float32; a slice at a time, so that (N, 256) need not fit."""
+        slices = [positions[a : a + (1 << 14)] for a in range(0, len(positions), 1 << 14)]
+        return np.concatenate([self.probs(data, at, leave_one_out, adaptive)[np.arange(len(at)), data[at]] for at in slices] or [np.ones(0)])
 
     def _walk(self, data, positions, leave_one_out, order):
         """probs with the first `order` orders: down the orders, carrying how much probability is still to be given out.
@@ -357,21 +455,17 @@ class NGram:
             base.reshape(-1)[index] += value  # one order names a byte at most once per row, so no addition is lost
         return base
 
-    def bits_per_byte(self, data, positions=None, leave_one_out=False):
+    def bits_per_byte(self, data, positions=None, leave_one_out=False, adaptive=False):
         """Mean of -log2 p(byte) over the positions (default: all). (n,) uint8 -> float, bits per byte."""
         positions = np.arange(len(data)) if positions is None else np.asarray(positions)
-        bits = 0.0
-        for a in range(0, len(positions), 1 << 14):
-            at = positions[a : a + (1 << 14)]
-            bits -= np.log2(self.probs(data, at, leave_one_out)[np.arange(len(at)), data[at]], dtype=np.float64).sum()
-        return bits / max(1, len(positions))
+        return float(-np.log2(self._gold(data, positions, leave_one_out, adaptive), dtype=np.float64).sum() / max(1, len(positions)))
 
-    def generate(self, prompt=b"", length=1000, temperature=1.0, seed=0):
+    def generate(self, prompt=b"", length=1000, temperature=1.0, seed=0, adaptive=False):
         """Continue prompt until END or for `length` bytes. Returns prompt and continuation, bytes. temperature 0 takes the likeliest byte."""
         rng = np.random.default_rng(seed)
         text = np.concatenate([np.frombuffer(prompt, np.uint8), np.zeros(length, np.uint8)])
         for i in range(len(prompt), len(text)):
-            p = self.probs(text[:i], [i])[0].astype(np.float64)
+            p = self.probs(text[:i], [i], adaptive=adaptive)[0].astype(np.float64)
             p = p ** (1 / temperature) if temperature > 0 else p == p.max()
             text[i] = rng.choice(256, p=p / p.sum())
             if text[i] == END:
@@ -387,23 +481,38 @@ class NGram:
         return sum(getattr(table, name).nbytes for table in self.counts[1:] for name in Counts.__slots__ if name != "bits")
 
     def save(self, path):
-        """Write everything to one .npz file; path is the old file or the whole new one, never a part."""
-        arrays = {f"{n}.{name}": getattr(table, name) for n, table in enumerate(self.counts) if n for name in Counts.__slots__}
-        with open(f"{path}.tmp", "wb") as file:
-            np.savez(file, order=self.order, smoothing=self.smoothing, learned=self.learned, dense=self.dense, row_of=self.row_of, **arrays)
-        os.replace(f"{path}.tmp", path)
+        """Write everything to one .npz file; path is the old file or the whole new one, never a part.
+
+        Running totals are stored as the differences that they are totals of, which fit one byte: half the size.
+        """
+        arrays = {}
+        for n, table in enumerate(self.counts[1:], 1):
+            crowd = np.diff(table.bucket)
+            arrays |= {f"{n}.tag": table.tag, f"{n}.byte": table.byte, f"{n}.count": table.count,
+                       f"{n}.followers": (np.diff(table.start) - 1).astype(np.uint8), f"{n}.crowd": crowd.astype(np.min_scalar_type(crowd.max()))}
+        temporary = f"{path}.tmp{os.getpid()}"
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, order=self.order, smoothing=self.smoothing, learned=self.learned, echo=self.echo, dense=self.dense,
+                         row_of=self.row_of, **arrays)
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
 
     @classmethod
     def load(cls, path):
         """Read what save wrote. -> NGram"""
+        totals = lambda differences: np.concatenate((np.zeros(1, np.uint32), np.cumsum(differences, dtype=np.uint32)))
         with np.load(path, allow_pickle=False) as file:
             model = cls(int(file["order"]), str(file["smoothing"]))
-            model.learned, model.dense, model.row_of = file["learned"], file["dense"], file["row_of"]
+            model.learned, model.echo, model.dense, model.row_of = (file[name] for name in ("learned", "echo", "dense", "row_of"))
             model.counts = [None] + [Counts.__new__(Counts) for _ in range(model.order)]
             for n, table in enumerate(model.counts[1:], 1):
-                for name in Counts.__slots__:
-                    setattr(table, name, file[f"{n}.{name}"])
-                table.bits = int(table.bits)
+                table.tag, table.byte, table.count = (file[f"{n}.{name}"] for name in ("tag", "byte", "count"))
+                table.start = totals(file[f"{n}.followers"].astype(np.uint32) + 1)
+                table.bucket = totals(file[f"{n}.crowd"])
+                table.bits = (len(table.bucket) - 1).bit_length() - 1
         return model
 
 
@@ -420,15 +529,15 @@ def measure(text, scored, smoothing, order):
     model = NGram(order, smoothing).fit(text.train)
     seconds = time.perf_counter() - began
     n, memory = model.size(), model.nbytes()
-    return dict(bpb=model.bits_per_byte(scored), seconds=seconds, rate=len(text.train) / 1e6 / seconds, ngrams=n / 1e6, MB=memory / 1e6,
+    return dict(bpb=model.bits_per_byte(scored), adaptive=model.bits_per_byte(scored, adaptive=True), seconds=seconds, rate=len(text.train) / 1e6 / seconds, ngrams=n / 1e6, MB=memory / 1e6,
                 each=memory / n, order=order, smoothing=smoothing), model
 
 
-HEAD = "   bpb  seconds   MB/s  million n-grams     MB  bytes each  order  smoothing"
+HEAD = "   bpb  adaptive  seconds   MB/s  million n-grams     MB  bytes each  order  smoothing"
 
 
 def line(row):
-    return "{bpb:6.4f}  {seconds:7.1f}  {rate:5.1f}  {ngrams:15.2f}  {MB:5.0f}  {each:10.1f}  {order:5}  {smoothing}".format(**row)
+    return "{bpb:6.4f}  {adaptive:8.4f}  {seconds:7.1f}  {rate:5.1f}  {ngrams:15.2f}  {MB:5.0f}  {each:10.1f}  {order:5}  {smoothing}".format(**row)
 
 
 def sweep(text):
@@ -450,22 +559,30 @@ def sweep(text):
 def main():
     parser = argparse.ArgumentParser(description="Count n-grams of bytes, score them on text they have not seen, write a story.",
                                      epilog="example: python ngram.py --data stories.txt --orders 2 4 8 12")
-    parser.add_argument("--orders", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 12], help="(default: 1 2 3 4 6 8 12)")
+    parser.add_argument("--orders", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 12], metavar="N", help="(default: 1 2 3 4 6 8 12)")
     parser.add_argument("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], help="(default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help=f"instead measure {len(SWEEP)} models of different order and smoothing")
     parser.add_argument("--save", metavar="FILE", help="keep the last model counted")
     parser.add_argument("--load", metavar="FILE", help="count nothing: tell a story with a model that was kept")
     parser.add_argument("--prompt", default="Once upon a time", help="how the story begins (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="(default: %(default)s)")
+    parser.add_argument("--adaptive", action="store_true", help="listen to the story so far when writing it")
     parser.add_argument("--seed", type=int, default=1, help="of the story (default: %(default)s)")
     add_arguments(parser)
     args = parser.parse_args()
     if not all(1 <= order < len(POWERS) for order in args.orders):
         raise Problem(f"--orders: each from 1 to {len(POWERS) - 1}; 12 is usual")
+    if not 0 <= args.temperature <= 100:
+        raise Problem(f"--temperature {args.temperature:g}: give 0 (no chance) to 100; 0.8 is usual")
     if args.load:
         began = time.perf_counter()
-        model = NGram.load(args.load)
-        print(f"{model.size():,} n-grams of order {model.order} read in {time.perf_counter() - began:.2f} s\n")
+        try:
+            model = NGram.load(args.load)
+        except OSError as error:
+            raise Problem(f"cannot read {args.load}: {error.strerror}; count one first, with --save {args.load}") from None
+        except Exception as error:  # whatever a damaged or foreign file leads to
+            raise Problem(f"{args.load} is not what ngram.py saved ({type(error).__name__}); count again with --save {args.load}") from None
+        print(f"{model.size():,} n-grams of order {model.order} read in {time.perf_counter() - began:.2f} s")
     else:
         text = text_from(args)
         print(f"{text.source}: counting {len(text.train):,} bytes, scoring {len(text.valid):,}\n", flush=True)
@@ -477,19 +594,25 @@ def main():
                 row, model = measure(text, text.valid, args.smoothing, order)
                 print(line(row), flush=True)
             some = np.linspace(0, len(text.train) - 1, 100_000).astype(np.int64)
-            print(f"\norder {model.order}, bits per byte:")
-            print(f"{model.bits_per_byte(text.train, some):.4f} on the text it counted, reciting")
-            print(f"{model.bits_per_byte(text.train, some, leave_one_out=True):.4f} on the same, each occurrence left out")
             began = time.perf_counter()
-            print(f"{row['bpb']:.4f} on text it has not seen")
             model.probs(text.valid, np.arange(min(len(text.valid), 100_000)))
-            print(f"{min(len(text.valid), 100_000) / (time.perf_counter() - began):,.0f} distributions per second")
-        print(f"peak memory: {peak_memory() / 1e6:,.0f} MB")
+            speed = min(len(text.valid), 100_000) / (time.perf_counter() - began)
+            print(f"\norder {model.order}, bits per byte:\n"
+                  f"{model.bits_per_byte(text.train, some):.4f} on the text it counted, reciting\n"
+                  f"{model.bits_per_byte(text.train, some, leave_one_out=True):.4f} on the same, each occurrence left out\n"
+                  f"{row['bpb']:.4f} on text it has not seen\n"
+                  f"{row['adaptive']:.4f} on text it has not seen, listening to the story so far\n"
+                  f"{speed:,.0f} distributions per second; peak memory {peak_memory() / 1e6:,.0f} MB")
     if args.save:
         began = time.perf_counter()
-        model.save(args.save)
-        print(f"saved {os.path.getsize(args.save) / 1e6:,.0f} MB in {time.perf_counter() - began:.2f} s: {os.path.getsize(args.save) / model.size():.1f} bytes per n-gram")
-    print("\n" + printable(model.generate(os.fsencode(args.prompt), 800, args.temperature, args.seed).decode("utf-8", "replace")))
+        try:
+            model.save(args.save)
+        except OSError as error:
+            raise Problem(f"cannot write {args.save}: {error.strerror}; name another file") from None
+        size = os.path.getsize(args.save)
+        print(f"saved {size / 1e6:,.0f} MB in {time.perf_counter() - began:.2f} s: {size / model.size():.1f} bytes per n-gram")
+    story = model.generate(os.fsencode(args.prompt), 800, args.temperature, args.seed, args.adaptive)
+    print("\n" + printable(story.decode("utf-8", "replace")))
 
 
 if __name__ == "__main__":
