@@ -45,6 +45,8 @@ def run(main):
         sys.exit(f"error: {problem}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
+    except BrokenPipeError:  # whoever read our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- 1. Text as numbers --------------------------------------------------------------------------------------------------------------

@@ -344,24 +344,29 @@ class NGram:
         self.echo = learn_weights(np.stack(p, 1), np.stack(kinds, 1))[1:].astype(np.float32)
 
     def _listen(self, p, data, positions):
-        """Mix into p (N, 256), in place, what the story so far has to say. positions: a stretch of consecutive ones."""
-        a, b = int(positions[0]), int(positions[-1]) + 1
-        if not np.array_equal(positions, np.arange(a, b)):
-            raise ValueError("adaptive: the positions must be consecutive")
-        start = max(0, a - REACH)
-        ends = np.flatnonzero(data[start:a] == END)
-        start += ends[-1] + 1 if len(ends) else 0
-        text = np.append(data[start:b], np.uint8(END))[: b - start]  # the byte after the last may be asked about
-        left, said = np.ones(b - a, np.float32), []
+        """Mix into p (N, 256), in place, what the story so far has to say to each position."""
+        # Copy each stretch of consecutive positions, with its story so far before it, into one text of many stories.
+        first = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
+        pieces, row = [], []  # row: which row of p each byte of the copy is asked about, -1: none
+        for a, b in zip(first, np.append(first[1:], len(positions))):
+            start, stop = max(0, positions[a] - REACH), positions[b - 1] + 1
+            ends = np.flatnonzero(data[start : positions[a]] == END)
+            start += ends[-1] + 1 if len(ends) else 0
+            # The byte after the last of data may be asked about: END stands there, and between two stretches.
+            pieces += [data[start:stop], np.full(1 + max(0, stop - len(data)), END, np.uint8)]
+            row += [np.full(positions[a] - start, -1), np.arange(a, b), [-1]]
+        text, row = np.concatenate(pieces), np.concatenate(row)
+        left, said = np.ones(len(text), np.float32), []
         for weight, (kind, places, votes) in zip(self.echo[::-1], list(echoes(text))[::-1]):
-            trust = np.take(weight, kind[a - start :], mode="clip")
-            share, left = left * trust / np.maximum(places[a - start :], 1), left * (1 - trust)
-            said.append((share, votes))
-        p *= left[:, None]
+            trust = np.take(weight, kind, mode="clip")
+            said.append((left * trust / np.maximum(places, 1), votes))
+            left = left * (1 - trust)
+        asked = row >= 0
+        p[row[asked]] *= left[asked, None]
         for share, votes in said:
             for now, byte in votes:
-                now, byte = now[now >= a - start] - (a - start), byte[now >= a - start]
-                p[now, byte] += share[now]
+                now, byte = now[asked[now]], byte[asked[now]]
+                p[row[now], byte] += share[now]
 
     def _tabulate(self, data, positions):
         """Work out the distributions after every pair of bytes that occurs: (pairs, 256) float32, and where each pair's row is."""
@@ -380,7 +385,7 @@ class NGram:
 
         data: (n,) uint8; positions: (N,) integers from 0 to n (n asks for the byte after the last) -> (N, 256) float32, rows sum to 1.
         leave_one_out: data is the text that was counted; answer as if each position's own n-gram had not been (see `_walk`).
-        adaptive: listen to the story so far as well; the positions must then be consecutive (ValueError).
+        adaptive: listen to the story so far as well, which data must then hold; quick for stretches of consecutive positions.
         """
         positions = np.asarray(positions, np.int64)
         p = self._walk(data, positions, leave_one_out, self.order)
@@ -458,7 +463,9 @@ class NGram:
     def bits_per_byte(self, data, positions=None, leave_one_out=False, adaptive=False):
         """Mean of -log2 p(byte) over the positions (default: all). (n,) uint8 -> float, bits per byte."""
         positions = np.arange(len(data)) if positions is None else np.asarray(positions)
-        return float(-np.log2(self._gold(data, positions, leave_one_out, adaptive), dtype=np.float64).sum() / max(1, len(positions)))
+        with np.errstate(divide="ignore"):  # maximum likelihood: -log2 of 0 is infinite, as it should be
+            bits = -np.log2(self._gold(data, positions, leave_one_out, adaptive), dtype=np.float64)
+        return float(bits.sum() / max(1, len(positions)))
 
     def generate(self, prompt=b"", length=1000, temperature=1.0, seed=0, adaptive=False):
         """Continue prompt until END or for `length` bytes. Returns prompt and continuation, bytes. temperature 0 takes the likeliest byte."""
@@ -548,6 +555,8 @@ def sweep(text):
     for smoothing, order in tqdm(SWEEP, desc="models", disable=not sys.stderr.isatty()):
         row, model = measure(text, text.valid, smoothing, order)
         rows.append(row)
+        if not sys.stderr.isatty():
+            print(f"{len(rows)} of {len(SWEEP)} done: order {order}, {smoothing}", file=sys.stderr, flush=True)
         if best is None or row["bpb"] < best[0]:
             best = row["bpb"], model
     print(HEAD)
@@ -595,8 +604,8 @@ def main():
                 print(line(row), flush=True)
             some = np.linspace(0, len(text.train) - 1, 100_000).astype(np.int64)
             began = time.perf_counter()
-            model.probs(text.valid, np.arange(min(len(text.valid), 100_000)))
-            speed = min(len(text.valid), 100_000) / (time.perf_counter() - began)
+            model.bits_per_byte(text.valid)
+            speed = len(text.valid) / (time.perf_counter() - began)
             print(f"\norder {model.order}, bits per byte:\n"
                   f"{model.bits_per_byte(text.train, some):.4f} on the text it counted, reciting\n"
                   f"{model.bits_per_byte(text.train, some, leave_one_out=True):.4f} on the same, each occurrence left out\n"

@@ -11,7 +11,7 @@ counting what goes wrong (a rubric), and by asking someone who does not know whi
     python sample.py --bench                                  how fast, and why
 
 A RUN is a folder that tiny.py wrote ("out"), the same with heads fused in ("out+ngram+knn+cache"), the counting model alone ("ngram"), the
-validation stories ("real"), or any text file of stories with <|endoftext|> between them.
+validation stories ("real"), any text file of stories with <|endoftext|> between them, or several of these with commas between.
 Axes: B stories or positions, P earlier positions of the context, C the model's width, M entries of the datastore, 256 byte values.
 """
 import argparse
@@ -92,13 +92,22 @@ def vote(share, byte):
     return p + (1 - p.sum(1, keepdim=True)) / 256
 
 
+def mixture_weights(p):
+    """The weights that make the bytes likeliest, by expectation maximisation (ngram.learn_weights). p (n, heads) -> (heads,), sum 1"""
+    weight, out, left = learn_weights(p, np.ones(p.shape, np.int64))[:, 1], np.zeros(p.shape[1]), 1.0
+    for head in range(len(out) - 1, 0, -1):  # there the last head is asked first, and what is left goes to the others
+        out[head], left = left * weight[head], left * (1 - weight[head])
+    out[0] = left
+    return out
+
+
 class Fusion:
     """Shallow fusion: p = sum of weight x head. Made for one model; called by GPT.generate for each byte."""
     NAMES = ("ngram", "knn", "cache")
 
     def __init__(self, model, names, ngram=None, text=None, weights=None):
         """names: of the heads beside the transformer. text: (n,) uint8 training text, whose first part becomes the kNN datastore."""
-        self.model, self.names, self.ngram, self.weights = model, ("transformer", *names), ngram, weights
+        self.model, self.names, self.ngram, self.weights, self.pairs = model, ("transformer", *names), ngram, weights, []
         if "knn" in names:
             self.keys, self.values = self.remember(text[:200_000])
 
@@ -114,12 +123,14 @@ class Fusion:
     @torch.no_grad()
     def moments(self, text):
         """Walk through text in windows that overlap by half, as tiny.evaluate does: yields (Now, the bytes that came (B,))."""
-        T, text = self.model.context, torch.from_numpy(np.concatenate((np.zeros(1, np.uint8), text)).astype(np.int64))
-        for start in range(0, max(1, len(text) - 1 - T // 2), T // 2):
+        T, plain, text = self.model.context, text, torch.from_numpy(np.concatenate((np.zeros(1, np.uint8), text)).astype(np.int64))
+        for start in range(0, max(1, len(plain) - T // 2), T // 2):
             ids = text[start : start + T + 1]
-            given, came = ids[:-1], ids[1:]
-            hidden = self.model.hidden(given[None])[0].cpu()  # (T, C)
-            net = F.softmax(self.model.head(hidden.to(self.model.cos.device)).float(), -1).cpu()
+            given, came, inside = ids[:-1], ids[1:], None
+            if self.model.residual:
+                inside = torch.from_numpy(self.model.ngram.probs(plain, np.arange(start, start + len(given)), adaptive=True))[None]
+            logits, states = self.model(given[None], ngram=inside)
+            net, hidden = F.softmax(logits[0], -1).cpu(), states[0].cpu()  # (T, 256), (T, C)
             asked = torch.arange(0 if start == 0 else T // 2, len(given))
             # Position t knows what followed the positions before it, no more.
             followed = torch.where(torch.arange(len(given)) < asked[:, None], came, -1)  # (B, P)
@@ -141,11 +152,8 @@ class Fusion:
     def fit(self, text):
         """Learn the weights on text that is neither trained on nor scored, by expectation maximisation."""
         p = self.gold(text, "weights")
-        kind = np.ones(p.shape, np.int64)
-        weight, self.weights, left = learn_weights(p, kind)[:, 1], np.zeros(len(self.names)), 1.0
-        for head in range(len(self.names) - 1, 0, -1):  # "the last is asked first" as weights that sum to 1
-            self.weights[head], left = left * weight[head], left * (1 - weight[head])
-        self.weights[0] = left
+        self.weights = mixture_weights(p)
+        self.pairs = [mixture_weights(p[:, [0, head]]) for head in range(1, len(self.names))]  # the transformer with one other alone
         return self
 
     def mix(self, heads):
@@ -162,20 +170,21 @@ class Fusion:
         return self.mix(self.heads(Now(p, hidden[:, -1], self.states[:, :P], ids[:, ids.shape[1] - P :], tail)))
 
 
+def slices(valid):
+    """-> the validation bytes that are scored, and others that the weights are learned on"""
+    return (valid[:100_000], valid[300_000:320_000]) if len(valid) >= 320_000 else (valid[: len(valid) // 2], valid[len(valid) // 2 :])
+
+
 def show_scores(fusion, valid):
-    """What fusion does to the bits per byte: weights learned on one slice of the validation text, all heads scored on another."""
-    scored, held = valid[:100_000], valid[300_000:350_000] if len(valid) >= 350_000 else valid[len(valid) // 2 :]
-    scored = scored if len(valid) >= 350_000 else valid[: len(valid) // 2]
-    if fusion.weights is None:
-        fusion.fit(held)
+    """What fusion does to the bits per byte of every head and mixture."""
+    scored, held = slices(valid)
     p = fusion.gold(scored, "scoring")
     bits = lambda q: -np.log2(q).mean()
     print(f"bits per byte on {len(scored):,} bytes; weights from {len(held):,} others\n")
     for i, name in enumerate(fusion.names):
         print(f"{bits(p[:, i]):8.4f}  {name} alone")
-    for i, name in enumerate(fusion.names[1:], 1):
-        pair = learn_weights(p[:, [0, i]], np.ones((len(p), 2), np.int64))[1, 1]
-        print(f"{bits((1 - pair) * p[:, 0] + pair * p[:, i]):8.4f}  transformer + {name} (best weight in hindsight, {pair:.2f})")
+    for i, pair in enumerate(fusion.pairs, 1):
+        print(f"{bits(p[:, [0, i]] @ pair):8.4f}  {pair[0]:.3f} transformer + {pair[1]:.3f} {fusion.names[i]}")
     mixture = " + ".join(f"{w:.3f} {name}" for w, name in zip(fusion.weights, fusion.names))
     print(f"{bits(p @ fusion.weights):8.4f}  {mixture}\n")
     for i, name in enumerate(fusion.names):
@@ -228,9 +237,7 @@ class Library:
                 raise Problem(f"--weights: give {len(names) + 1} numbers, for {', '.join(('transformer', *names))}")
             weights = given and np.array(given) / sum(given)
             fusion = Fusion(self.model(out)[0], names, self.ngram() if "ngram" in names else None, text.train, weights)
-            if not given and not self.args.score:
-                fusion.fit(text.valid[300_000:350_000] if len(text.valid) >= 350_000 else text.valid[len(text.valid) // 2 :])
-            return fusion
+            return fusion if given else fusion.fit(slices(text.valid)[1])
         return self.once(("fusion", out, names), make)
 
     def prompts(self, n):
@@ -239,7 +246,10 @@ class Library:
         return [b" ".join(story.split(b" ")[:5]) for story in real], real
 
     def stories(self, spec, n=PROMPTS):
-        """n stories of a RUN, from the same prompts, cut to LENGTH. -> list of str"""
+        """n stories of a RUN, from the same prompts, cut to LENGTH; of several with commas between, n of each. -> list of str"""
+        if "," in spec:
+            return [story for one in spec.split(",") for story in self.stories(one, n)]
+
         def write():
             name, *heads = spec.split("+")
             prompts, real = self.prompts(n)
@@ -630,7 +640,7 @@ def bench(model, seed, seconds=5.0):
     def recomputing():
         generator, ids = torch.Generator().manual_seed(seed), torch.zeros(1, 1, dtype=torch.int64)
         while True:
-            p = F.softmax(model(ids[:, -model.context :])[:, -1], -1).cpu()
+            p = F.softmax(model(ids[:, -model.context :])[0][:, -1], -1).cpu()
             ids = torch.cat((ids, torch.multinomial(p, 1, generator=generator)), 1)
             yield
 

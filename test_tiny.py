@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import data
 import ngram
+import sample
 import tiny
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -314,10 +315,8 @@ def test_the_story_so_far_equals_brute_force():
                 left *= 1 - w
         assert np.abs(got[i] - (want + left * fixed[i])).max() < 1e-6
     assert np.abs(got.astype(float).sum(1) - 1).max() < 1e-5 and got.min() > 0
-    some = np.arange(300, 420)
-    assert np.allclose(model.probs(text, some, adaptive=True), got[300:420], atol=1e-7)  # wherever the stretch begins
-    with pytest.raises(ValueError, match="consecutive"):
-        model.probs(text, [5, 3], adaptive=True)
+    some = np.concatenate((np.arange(300, 420), [7, 5, 6], np.arange(len(text) - 30, len(text) + 1)))
+    assert np.allclose(model.probs(text, some, adaptive=True), got[some], atol=1e-7)  # wherever the stretches begin
 
 
 def test_listening_to_the_story_helps():
@@ -390,7 +389,8 @@ def model():
 
 def test_contexts_are_the_same_exactly_where_the_text_is():
     text = b"\0The cat's hat. The cats sat, and the cat's hat sat: \"The cat's mat!\" the cat's hat sat. \xc3\xa9t\xc3\xa9 the cat"
-    words = tiny.contexts(torch.tensor([list(text)]))[0]
+    words = tiny.contexts(np.frombuffer(text, np.uint8)[None], len(text))[0]
+    assert np.array_equal(tiny.contexts(np.frombuffer(text, np.uint8)[None], 5)[0], words[-5:])
 
     def named(i):
         """The contexts that byte i completes, in plain Python."""
@@ -415,7 +415,7 @@ def test_contexts_are_the_same_exactly_where_the_text_is():
         for i in range(len(text)):
             for j in range(i):
                 assert (words[i, kind] == words[j, kind]) == (names[i][kind] == names[j][kind]), (kind, names[i][kind], names[j][kind])
-    assert len(words.flatten().unique()) == len({(kind, name) for row in names for kind, name in enumerate(row)})
+    assert len(np.unique(words)) == len({(kind, name) for row in names for kind, name in enumerate(row)})
 
 
 def test_memory_learns_as_adagrad_on_its_rows():
@@ -423,8 +423,8 @@ def test_memory_learns_as_adagrad_on_its_rows():
     torch.nn.init.normal_(memory.table)
     table, pushed = memory.table.clone().requires_grad_(), torch.full((8,), 1e-8)
     for step in range(3):
-        hashes, goal = torch.randint(0, 2**62, (5, tiny.KINDS)), torch.randn(5, 4)
-        rows = (hashes >> 32) % 8
+        rows, goal = torch.randint(0, 8, (5, tiny.KINDS)), torch.randn(5, 4)
+        hashes = rows.numpy().astype(np.uint64) << np.uint64(61)  # the top bits are the row
         (memory(hashes) - goal).square().mean().backward()
         memory.step(0.1)
         each = table[rows]  # (5, KINDS, 4), and the gradient of each look-up
@@ -441,11 +441,11 @@ def test_memory_learns_as_adagrad_on_its_rows():
 
 def test_no_byte_sees_the_future(model):
     ids = torch.randint(0, 256, (1, 32))
-    before = model(ids)
+    before = model(ids)[0]
     for t in (1, 5, 31):
         changed = ids.clone()
         changed[0, t] = (ids[0, t] + 1) % 256
-        after = model(changed)
+        after = model(changed)[0]
         assert torch.allclose(before[:, :t], after[:, :t], atol=1e-5) and not torch.allclose(before[:, t], after[:, t], atol=1e-3)
 
 
@@ -453,8 +453,8 @@ def test_no_byte_sees_the_future(model):
 def test_cached_logits_equal_uncached(model, pieces):
     ids = torch.randint(0, 256, (3, 32))
     cache = {}
-    parts = torch.cat([model(piece, cache) for piece in ids.split(pieces, 1)], 1)
-    assert torch.allclose(parts, model(ids), atol=1e-4)
+    parts = torch.cat([model(piece, cache)[0] for piece in ids.split(pieces, 1)], 1)
+    assert torch.allclose(parts, model(ids)[0], atol=1e-4)
     with pytest.raises(ValueError, match="33 bytes do not fit"):
         model(ids[:, :1], cache)
 
@@ -469,7 +469,7 @@ def test_generate_feeds_what_evaluate_judges(model):
     for i in range(first, len(text)):
         if i - fed > 32:
             fed = i - 16
-        assert text[i] == int(model(torch.tensor([text[fed:i]]))[0, -1].argmax())
+        assert text[i] == int(model(torch.tensor([text[fed:i]]))[0][0, -1].argmax())
 
 
 def test_stories_side_by_side_are_those_told_alone(model):
@@ -477,6 +477,29 @@ def test_stories_side_by_side_are_those_told_alone(model):
     together = tiny.stories(model, prompts, 80, temperature=0)
     assert together == [tiny.stories(model, [p], 80, temperature=0)[0] for p in prompts]
     assert all(story.startswith(p) for story, p in zip(together, prompts))
+
+
+def test_residual_is_the_ngram_at_step_0_and_tells_what_it_was_judged_on():
+    counted = data.encode(data.invent(200))
+    counting, text = ngram.NGram(5).fit(counted), data.encode(data.invent(5, seed=3))
+    torch.manual_seed(0)
+    net = tiny.GPT(heads=2, width=16, context=64, rows=64, residual=True)
+    net.ngram = counting
+    assert tiny.evaluate(net, text) == pytest.approx(counting.bits_per_byte(text, adaptive=True), rel=1e-3)
+    for p in [*net.parameters(), net.memory.table]:
+        torch.nn.init.normal_(p, std=0.1)
+    said, prompt = [], bytes(text[:80]).split(b"\0")[0]
+    told = [byte for _, (byte,) in zip(range(60), net.generate([prompt], 0, fuse=lambda p, *_: said.append(p) or p))]
+    whole = np.frombuffer(prompt + bytes(told), np.uint8)
+    nats = [torch.log(p[0, byte]).item() for p, byte in zip(said, told)]
+    p = counting.probs(whole, np.arange(len(whole) + 1), adaptive=True)
+    fed = 0  # in `whole` with its END in front; the cache starts again at half a context
+    for i in range(len(prompt), len(whole)):
+        if i + 1 - fed > 64:
+            fed = i + 1 - 32
+        ids = torch.tensor([[0, *whole[:i]]])[:, fed:]
+        logits, _ = net(ids, ngram=torch.from_numpy(p[fed : i + 1])[None])
+        assert torch.log_softmax(logits[0, -1], -1)[whole[i]].item() == pytest.approx(nats[i - len(prompt)], abs=1e-3)
 
 
 def test_distillation_loss_is_the_cross_entropy_it_claims():
@@ -495,7 +518,7 @@ def test_batches_pair_each_byte_with_the_teachers_opinion_of_it():
     for _ in range(3):
         window, q = batches.get(True)
         assert window[0, 0] == 0  # one window begins with a story
-        for row, dists in zip(window.numpy(), q.view(4, 32, 256).numpy()):
+        for row, dists in zip(window.numpy(), q.numpy()):
             at = (b"\0" + counted.tobytes()).find(row.astype(np.uint8).tobytes())
             want = teacher.probs(counted, at + np.arange(32), leave_one_out=True)
             assert np.allclose(dists, want)  # distribution t is about byte t + 1 of the window
@@ -507,7 +530,7 @@ def test_evaluate_scores_every_byte_once_with_real_context(model):
     nats = 0.0
     for i in range(len(text)):
         start = 0 if i < 32 else (i // 16 - 1) * 16
-        nats -= torch.log_softmax(model(ids[None, start : i + 1])[0, -1], -1)[text[i]].item()
+        nats -= torch.log_softmax(model(ids[None, start : i + 1])[0][0, -1], -1)[text[i]].item()
     assert tiny.evaluate(model, text) == pytest.approx(nats / len(text) / math.log(2), rel=1e-4)
     state = torch.get_rng_state()
     for size in (1, 5, 16, 17, 33):
@@ -588,6 +611,13 @@ def test_sample_reads_the_checkpoint(finished):
     assert result.returncode == 0 and result.stdout.startswith("\ufffd\ufffd café \ufffd[2J")
 
 
+def test_a_residual_run_is_whole(tmp_path, stories_file):
+    result = script("tiny.py", "--steps", 30, "--data", stories_file, "--out", tmp_path / "r", "--order", 4, "--width", 16, "--residual")
+    facts = closing_block(result.stdout)
+    assert float(facts["val_bpb"]) < float(facts["ngram_bpb"]), result.stderr
+    assert script("sample.py", "--out", tmp_path / "r", "--n", 1, "--length", 60).stdout.startswith("Once upon a time")
+
+
 def test_steps_repeat_exactly_and_evaluating_changes_nothing(tmp_path, stories_file, monkeypatch):
     def weights(name, show=tiny.SHOW):
         monkeypatch.setattr(tiny, "SHOW", show)
@@ -616,11 +646,13 @@ def test_without_network_or_ngram(tmp_path):
     ("tiny.py --data short.txt --valid missing.txt", ["missing.txt"]),
     ("tiny.py --minutes 0", ["--minutes 0"]), ("tiny.py --minutes nan", ["--minutes nan"]), ("tiny.py --minutes inf", ["--minutes inf"]),
     ("tiny.py --steps 0", ["--steps 0"]), ("tiny.py --distill 1.5", ["--distill 1.5"]), ("tiny.py --order 300", ["--order 300"]),
-    ("tiny.py --order 0 --distill 0.5", ["no teacher"]), ("tiny.py --width 30 --heads 4", ["--width 30"]), ("tiny.py --layers 0", ["--layers 0"]),
+    ("tiny.py --order 0 --distill 0.5", ["no teacher"]), ("tiny.py --residual --distill 0.5", ["leave out"]), ("tiny.py --width 30 --heads 4", ["--width 30"]), ("tiny.py --layers 0", ["--layers 0"]), ("tiny.py --context 7000", ["--context 7000"]),
     ("tiny.py --device mps", ["--device mps"]), ("tiny.py --megabytes 0", ["--megabytes 0"]),
     ("ngram.py --orders 0", ["--orders"]), ("ngram.py --data empty.txt", ["empty.txt"]), ("ngram.py --load missing", ["cannot read missing"]),
     ("ngram.py --load empty.txt", ["not what ngram.py saved"]), ("data.py --data missing.txt", ["missing.txt"]),
     ("sample.py --out nowhere", ["no model in nowhere", "train one first"]), ("sample.py --out broken", ["not a checkpoint"]),
+    ("sample.py --fuse nonsense", ["no model in out"]), ("sample.py --score", ["--fuse"]), ("sample.py --export x", ["--judge"]),
+    ("sample.py --fuse ngram --weights -1 2", ["--weights"]), ("sample.py --judge out out", ["no model in out"]),
     ("sample.py --n 0", ["--n 0"]), ("sample.py --temperature -1", ["--temperature -1"]), ("sample.py --top-p 0", ["--top-p 0"]),
 ])
 def test_bad_input_gets_one_line(tmp_path, command, words):
@@ -636,3 +668,207 @@ def test_help_has_an_example():
     for name in ("data.py", "ngram.py", "tiny.py", "sample.py"):
         result = script(name, "--help")
         assert result.returncode == 0 and "example: python " + name in result.stdout
+
+
+# ---- sample.py -----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def fused(finished):
+    """A fusion of all heads on the finished run. -> (Fusion, validation text)"""
+    library = sample.Library(sample.parse_arguments(["--out", str(finished[1]), "--order", "5"]))
+    text = library.text()  # found through the run's recipe
+    model = library.model(str(finished[1]))[0]
+    return sample.Fusion(model, sample.Fusion.NAMES, ngram.NGram(5).fit(text.train), text.train[:20_000]), text.valid[:6_000]
+
+
+def test_every_head_and_mixture_is_a_distribution(fused):
+    fusion, valid = fused
+    fusion.weights = np.array([0.4, 0.3, 0.2, 0.1])
+    for now, _ in fusion.moments(valid[:700]):
+        heads = fusion.heads(now)
+        assert heads.shape == (4, len(now.hidden), 256) and heads.min() > 0
+        assert torch.allclose(heads.sum(-1), torch.ones(heads.shape[:2]), atol=1e-5)
+        assert torch.allclose(fusion.mix(heads).sum(-1), torch.ones(len(now.hidden)), atol=1e-5)
+    for i in range(4):  # with all the weight on one head the mixture is that head
+        fusion.weights = np.eye(4)[i]
+        assert torch.allclose(fusion.mix(heads), heads[i], atol=1e-7)
+
+
+def test_fused_is_better_than_each_head(fused):
+    fusion, valid = fused
+    fusion.fit(valid[3000:])
+    p = fusion.gold(valid[:3000], "")
+    alone = -np.log2(p).mean(0)
+    assert len(p) == 3000 and fusion.weights.sum() == pytest.approx(1) and fusion.weights.min() >= 0
+    assert -np.log2(p @ fusion.weights).mean() < alone.min() + 0.01  # the built-in stories leave little to learn from so few
+    q = fusion.gold(valid[3000:], "")
+    assert -np.log2(q @ fusion.weights).mean() < -np.log2(q).mean(0).min()  # where the weights come from, no head is better
+    assert alone[0] == pytest.approx(tiny.evaluate(fusion.model, valid[:3000]), rel=1e-4)
+    assert alone[1] == pytest.approx(fusion.ngram.bits_per_byte(valid[:3000]), rel=1e-4)
+
+
+def test_generation_asks_the_heads_what_scoring_asked(fused):
+    """The distribution for each byte is the same whether a text is scored in windows or told byte by byte."""
+    fusion, valid = fused
+    fusion.weights, said = np.array([0.1, 0.2, 0.3, 0.4]), []
+    text = bytes(valid[:200])
+    spy = lambda p, hidden, ids: said.append(fusion(p, hidden, ids)) or said[-1]
+    for _ in zip(range(101), fusion.model.generate([text[:100], text], fuse=spy)):
+        pass
+    want = torch.cat([fusion.mix(fusion.heads(now)) for now, _ in fusion.moments(valid[:201])])
+    for i, p in enumerate(said):  # row 1 is told the validation text itself
+        assert torch.allclose(p[1], want[100 + i], atol=1e-4)
+
+
+def test_cache_and_knn_vote_for_what_followed():
+    hidden = torch.eye(8)[None] * 8
+    now = sample.Now(torch.full((1, 256), 1 / 256), hidden[:, 2], hidden[:, :5], torch.tensor([[10, 11, 12, 13, -1]]), None)
+    assert sample.cache_head(now).argmax() == 12
+    assert torch.allclose(sample.cache_head(now._replace(followed=torch.full((1, 5), -1))), torch.full((1, 256), 1 / 256))
+    p = sample.knn_head(now, hidden[0, :5], torch.tensor([20, 21, 22, 22, 24]))
+    assert p.argmax() == 22 and p.sum() == pytest.approx(1) and p[0, 99] == pytest.approx(0.01 / 256)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return sample.Reference(data.encode(data.invent(2000)))
+
+
+GOOD = ("Once upon a time, there was a happy girl named Lily. Lily had a kite. She took the kite to the park.\n\"I can help you,\" said Tom. "
+        "Tom used a rope while Lily helped.\nLily and Tom the dog played with the kite until the sun went down.")
+
+
+@pytest.mark.parametrize("row, broken", [
+    ("doubled", GOOD.replace("had a", "had had a").replace("time,", "time,,")),
+    ("quotes_close", GOOD.replace('you,"', "you,")),
+    ("sentences_begin", GOOD.replace("She", "she").replace("Tom used", "tom used")),
+    ("names_return", GOOD.replace("Lily and Tom", "Mia and Ben")),
+    ("nouns_return", GOOD.replace("with the kite until", "until")),
+    ("pronouns_fit", GOOD.replace("She took", "He took")),
+    ("new_names", GOOD.replace("Lily helped", "Max helped").replace("Tom the dog", "Zoe the dog")),
+    ("known_words", GOOD.replace("park", "parmk")),
+    ("known_trigrams", GOOD.replace("sun went down", "down went sun")),
+    ("distinct_2", GOOD + GOOD), ("repeated_4", GOOD + GOOD), ("length", GOOD[:40]),
+])
+def test_each_row_tells_good_from_broken(reference, row, broken):
+    function, better = next((f, d) for f, d in sample.ROWS if f.__name__ == row)
+    good, bad = function(GOOD, reference), function(broken, reference)
+    assert good != bad and (better == 0 or (good > bad) == (better == 1)), (good, bad)
+    function("", reference)  # an empty story is no crash
+
+
+def test_longest_copy(reference):
+    text = bytes(reference.array[1000:1100]).replace(b"\0", b"#").decode()
+    clean = max(text.split("#"), key=len)
+    found = reference.longest_copies([f"Xyzzy {clean}qqq", "nothing of this stands there", clean[:10]])
+    assert found[0] in (len(clean), len(clean) + 1) and found[1] == 0 and found[2] == 0
+
+
+def test_rubric_passes_its_own_check():
+    """Real stories lead on every row that claims a direction; sentences shuffled across stories and n-gram text lose on the threads."""
+    text = data.encode(data.invent(4000))
+    train, held = data.split(text)
+    ref = sample.Reference(train)
+    real = [story[: sample.LENGTH].decode() for story in data.stories(held)[:60]]
+    mixed = sample.shuffled(real)
+    assert sorted("".join(mixed)) != sorted("") and abs(len("".join(mixed)) / len("".join(real)) - 1) < 0.1
+    counting = ngram.NGram(6).fit(train)
+    told = [counting.generate(story[:25].encode(), len(story) - 25, 0.8, i).decode("utf-8", "ignore") for i, story in enumerate(real)]
+    tables = {name: sample.rubric(texts, ref) for name, texts in (("real", real), ("shuffled", mixed), ("ngram", told))}
+    for row, better in sample.ROWS:
+        real_value = tables["real"][row.__name__][0]
+        for other in ("shuffled", "ngram"):
+            if better:
+                assert better * (real_value - tables[other][row.__name__][0]) > -1e-9, (row.__name__, other)
+    for row in ("names_return", "new_names"):
+        better = dict((f.__name__, d) for f, d in sample.ROWS)[row]
+        assert better * (tables["real"][row][0] - tables["shuffled"][row][0]) > 3 * tables["shuffled"][row][1]
+
+
+def test_binomial_p_is_exact():
+    assert sample.binomial_p(5, 5) == 1 and sample.binomial_p(0, 0) == 1
+    assert sample.binomial_p(10, 0) == pytest.approx(2 / 1024)
+    assert sample.binomial_p(8, 2) == sample.binomial_p(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """Two files of five stories, the second always longer."""
+    for name, story in (("a.txt", "A cat sat."), ("b.txt", "A cat sat on a long mat.")):
+        (tmp_path / name).write_text("\n<|endoftext|>\n".join(f"{story} {i}" for i in range(5)))
+    return ["sample.py", "--judge", tmp_path / "a.txt", tmp_path / "b.txt", "--n", 5, "--data", tmp_path / "a.txt", "--valid", tmp_path / "b.txt",
+            "--answers", tmp_path / "answers.jsonl"]
+
+
+def test_judging_in_the_terminal_can_be_interrupted(two_runs, tmp_path):
+    first = script(*two_runs, input="1\nx\n=\nq\n")
+    assert first.returncode == 0 and "ties: 1" in first.stdout, first.stderr
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == ["1", "="]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines) + '\n{"id": "cut o')  # killed while writing
+    second = script(*two_runs, input="1\n1\n1\n")
+    assert second.stdout.count("Which is better?") == 3 and "p: " in second.stdout, second.stderr
+    third = script(*two_runs, input="")
+    assert "Which" not in third.stdout and third.stdout.splitlines()[-5:] == second.stdout.splitlines()[-5:]
+
+
+def test_export_keeps_the_key_apart(two_runs, tmp_path):
+    result = script(*two_runs, "--export", tmp_path / "pairs.txt")
+    text, key = (tmp_path / "pairs.txt").read_text(), json.loads((tmp_path / "pairs.txt.key.json").read_text())
+    assert result.returncode == 0 and len(key) == 5 and "a.txt" not in text
+    for number, sides in key.items():
+        pair = text.split(f"#### A\n")[int(number)]
+        assert ("long" in pair.split("#### B")[0]) == sides["A"].endswith("b.txt")
+    assert {sides["A"][-5:] for sides in key.values()} == {"a.txt", "b.txt"}
+
+
+def test_a_language_model_judges_and_faults_are_survived(two_runs, tmp_path):
+    """A stub endpoint that prefers long stories, after it has failed in each way; the key is never written anywhere."""
+    seen, faults = [], [429, 500, "garbage", "cut", "no answer"]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.headers["Authorization"], body["model"]))
+            fault = faults.pop(0) if faults else None
+            if isinstance(fault, int):
+                return self.send_error(fault)
+            content = body["messages"][0]["content"]
+            one, two = content.split("Story 1:")[1].split("Story 2:")
+            said = "hm" if fault == "no answer" else f"Because.\nANSWER: {'1' if 'long' in one else '2'}"
+            reply = b"<html>" if fault == "garbage" else json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply[:5] if fault == "cut" else reply)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    env = {"JUDGE_MODEL": "stub", "JUDGE_KEY": "sk-secret"}
+    code = f"import sample, data; sample.time.sleep = lambda s: None; data.run(lambda: sample.main({[str(x) for x in two_runs[1:]] + ['--judge-url', url]!r}))"
+    failed = script("-c", code, env=env)  # five faults in a row are too many
+    refused(failed, "no answer after 5 tries", "answers so far are kept")
+    result = script("-c", code, env=env)
+    assert "b.txt: 5 wins" in result.stdout and "changed with the order: 0" in result.stdout and "p: 0.0625" in result.stdout, result.stderr
+    assert len(seen) == 5 + 10 and set(seen) == {("Bearer sk-secret", "stub")}
+    again = script("-c", code, env=env)
+    assert again.stdout == result.stdout and len(seen) == 15  # nothing is asked twice
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"sk-secret" not in written and "sk-secret" not in failed.stderr + result.stdout + result.stderr
+
+
+def test_the_commands_of_sample(finished):
+    _, out = finished
+    score = script("sample.py", "--out", out, "--order", 6, "--fuse", "ngram,cache", "--score")
+    facts = closing_block(score.stdout)
+    assert float(facts["fused_bpb"]) < min(float(facts[f"{name}_bpb"]) for name in ("transformer", "ngram", "cache")) + 0.01, score.stderr
+    told = script("sample.py", "--out", out, "--order", 6, "--fuse", "ngram,cache", "--weights", 1, 1, 1, "--n", 1, "--length", 100)
+    assert told.stdout.startswith("Once upon a time"), told.stderr
+    speed = script("-c", f"import sample, tiny; sample.bench(tiny.load_checkpoint({str(out)!r})[0], 1, 0.3)")
+    assert "40 at once" in speed.stdout, speed.stderr
+    table = script("sample.py", "--out", out, "--order", 6, "--rubric", out)
+    assert table.returncode == 0 and "| names_return | more |" in table.stdout and "| longest_copy |" in table.stdout, table.stderr

@@ -58,21 +58,22 @@ class Block(nn.Module):
         nn.init.zeros_(self.out.weight)  # at step 0 each layer adds nothing, so that the gradient reaches the embedding undisturbed
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, x, cos, sin, past=None):
-        """x (B, T, C); past: keys and values of earlier bytes, each (B, H, P, D), or None -> x, and keys and values with these T added"""
+    def forward(self, x, cos, sin, store=None, P=0):
+        """x (B, T, C) -> (B, T, C). store (2, B, H, context, D): keys and values of P earlier bytes, to which those of these T are added."""
         B, T, C = x.shape
-        q, k, v = self.qkv(norm(x)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        qk, v = self.qkv(norm(x)).view(B, T, 3 * self.heads, C // self.heads).transpose(1, 2).split((2 * self.heads, self.heads), 1)
         # Normed queries and keys (QK-norm, Henry et al. 2020) cannot grow, which is what lets the learning rate be high.
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        q, k = rotate(norm(qk), cos, sin).chunk(2, 1)  # each (B, H, T, D)
+        if store is not None:
+            store[0, :, :, P : P + T], store[1, :, :, P : P + T] = k, v
+            k, v = store[:, :, :, : P + T]
         mask = None
-        if past is not None:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, H, P + T, D)
-            if T > 1:  # query t sees keys up to P + t; a single new byte sees all
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past is None)  # (B, H, T, D)
+        if P and T > 1:  # query t sees keys up to P + t; a single new byte sees all
+            mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=P == 0 and T > 1)  # (B, H, T, D)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
         h = F.relu(self.up(norm(x)))
-        return x + self.down(h * h), (k, v)  # ReLU squared: So et al. 2021
+        return x + self.down(h * h)  # ReLU squared: So et al. 2021
 
 
 # A small net sees too few bytes in five minutes to learn spelling and grammar through attention. So each position also looks up, in one
@@ -80,46 +81,42 @@ class Block(nn.Module):
 # A context's row is its hash, collisions and all (hashed n-gram embeddings, Svenstrup et al. 2017), and a row that is not looked up costs
 # nothing. What counting (ngram.py) keeps for each context is 256 counts; here it is C numbers that mean whatever helps the net.
 
-GRAMS = (1, 2, 3, 4, 5, 6, 8)  # contexts: so many bytes ...
+GRAMS = np.array([1, 2, 3, 4, 5, 6, 8])  # contexts: so many bytes ...
 KINDS = len(GRAMS) + 4  # ... and the word so far, alone; with the word before; with the two words before; with only the second word before
+LETTER = np.array([b >= 128 or chr(b).isalpha() or chr(b) == "'" for b in range(256)])
 MULTIPLIER = 6364136223846793005  # odd, from Knuth's MMIX; products and sums below wrap around at 2^64, which keeps hashes apart
-POWERS, INVERSES = (  # MULTIPLIER^i and MULTIPLIER^-i modulo 2^64, as the signed numbers that torch has
-    torch.tensor([(p + 2**63) % 2**64 - 2**63 for p in (pow(base, i, 2**64) for i in range(4096))])
-    for base in (MULTIPLIER, pow(MULTIPLIER, -1, 2**64)))
+POWERS, INVERSES = (np.array([pow(base, i, 2**64) for i in range(4200)], np.uint64) for base in (MULTIPLIER, pow(MULTIPLIER, -1, 2**64)))
 
 
-def contexts(ids):
-    """Name the contexts that each byte completes: ids (B, T) int64 on the CPU -> (B, T, KINDS) int64, evenly spread over all 64 bits.
+def contexts(ids, T):
+    """Name the contexts that each of the last T bytes completes: ids (B, t) uint8 -> (B, T, KINDS) uint64, evenly spread over all 64 bits.
 
-    The hash of a word is that of its bytes a..b-1, the sum of (byte_j + 1) * MULTIPLIER^(j-a). With S_i the sum up to byte i, as if all
-    words began at 0, it is (S_b - S_a) * MULTIPLIER^-a: words of any length, at every position, without a loop.
+    The hash of bytes a..b-1 is the sum of (byte_j + 1) * MULTIPLIER^(j-a). With S_i the sum over all bytes before i, as if every context
+    began at 0, it is (S_b - S_a) * MULTIPLIER^-a: contexts of any length, words too, at every position, without a loop.
     """
-    B, T = ids.shape
-    padded = F.pad(ids, (max(GRAMS), 0))  # beyond the beginning stands END, 0
-    h, found = torch.zeros_like(ids), []
-    for n in range(1, max(GRAMS) + 1):
-        h = (h * 257 + padded[:, max(GRAMS) - n + 1 :][:, :T] + 1) * MULTIPLIER
-        if n in GRAMS:
-            found.append(h)
-    at = torch.arange(T).expand(B, T)
-    lower = ids | 32  # of an upper-case letter: the lower-case one
-    letter = (lower >= ord("a")) & (lower <= ord("z")) | (ids >= 128) | (ids == ord("'"))
-    gap = torch.where(letter, -1, at).cummax(1)[0]  # (B, T) the last position up to here that is no letter, -1: none
-    end = torch.where(letter, at, -1).cummax(1)[0]  # the last position up to here that is one
-    sums = F.pad(((ids + 1) * POWERS[:T]).cumsum(1), (1, 0))  # (B, T + 1) S
-    span = lambda a, b: (sums.gather(1, b) - sums.gather(1, a)) * INVERSES[a]  # hash of bytes a..b-1
-    last = lambda where, i: torch.where(i < 0, -1, where.gather(1, i.clamp(min=0)))
-    words = [span(gap + 1, at + 1) * 3 + torch.where(letter, 0, ids)]  # the word so far; at a gap, which byte makes it
-    edge = gap
+    B, pad = len(ids), GRAMS.max()
+    text = np.concatenate((np.zeros((B, pad), np.uint8), ids), 1)  # beyond the beginning stands END, which is no letter
+    width = text.shape[1]
+    S = np.zeros((B, width + 1), np.uint64)
+    np.cumsum((text + np.uint64(1)) * POWERS[:width], 1, out=S[:, 1:])
+    row = np.arange(B)[:, None]
+    span = lambda a, b: (S[row, b] - S[row, a]) * INVERSES[a]  # hash of bytes a..b-1, (B, T)
+
+    at, letter = np.arange(width), LETTER[text]
+    gap = np.maximum.accumulate(np.where(letter, 0, at), 1)  # (B, width) the last position up to here that is no letter
+    end = np.maximum.accumulate(np.where(letter, at, 0), 1)  # and the last that is one; 0: none
+    now, edge = at[-T:], gap[:, -T:]
+    words = [span(edge + 1, now + 1) * np.uint64(3) + text[:, -T:] * ~letter[:, -T:]]  # the word so far; at a gap, which byte makes it
     for _ in range(2):
-        stop = last(end, edge)  # where the word before this gap ends
-        edge = last(gap, stop)  # the gap before that word
+        stop = end[row, edge]  # where the word before that gap ends
+        edge = gap[row, stop]  # the gap before that word
         words.append(span(edge + 1, stop + 1))
-    now, one, two = words
-    found += [now * MULTIPLIER, (now * MULTIPLIER + one) * MULTIPLIER, ((now * MULTIPLIER + one) * MULTIPLIER + two) * MULTIPLIER,
-              (now * MULTIPLIER + 5 * two) * MULTIPLIER]
-    kind = torch.arange(KINDS) * MULTIPLIER  # the same hash means another context for each kind
-    return (torch.stack(found, -1) ^ kind) * MULTIPLIER
+    word, one, two = words[0] * POWERS[1], words[1], words[2]
+    pair = (word + one) * POWERS[1]
+    begin = now[:, None] + 1 - GRAMS  # (T, 7)
+    grams = (S[:, now + 1][:, :, None] - S[:, begin]) * INVERSES[begin]  # (B, T, 7)
+    found = np.concatenate((grams, np.stack((word, pair, (pair + two) * POWERS[1], word + np.uint64(5) * two), -1)), -1)
+    return (found ^ POWERS[:KINDS]) * POWERS[2]  # the same hash means another context for each kind
 
 
 class Memory(nn.Module):
@@ -132,12 +129,13 @@ class Memory(nn.Module):
 
     def __init__(self, width, rows):
         super().__init__()
+        self.bits = rows.bit_length() - 1
         self.register_buffer("table", torch.zeros(rows, width))
         self.register_buffer("pushed", torch.full((rows,), 1e-8), persistent=False)  # sum of mean squared gradients
 
     def forward(self, hashes):
-        """hashes (N, KINDS) int64 -> (N, C) the sum of their rows"""
-        rows = ((hashes >> 32) & (len(self.table) - 1)).to(self.table.device)
+        """hashes (N, KINDS) uint64 -> (N, C) the sum of their rows"""
+        rows = torch.from_numpy((hashes >> np.uint64(64 - self.bits)).astype(np.int64)).to(self.table.device)
         out = F.embedding_bag(rows, self.table, mode="sum")
         if torch.is_grad_enabled():
             self.used = rows, out.requires_grad_()
@@ -154,54 +152,78 @@ class Memory(nn.Module):
 
 
 class GPT(nn.Module):
-    """A byte-level GPT with a memory. rows: of the memory, a power of 2."""
+    """A byte-level GPT with a memory. rows: of the memory, a power of 2.
 
-    def __init__(self, layers=1, heads=2, width=64, context=256, rows=2**19):
+    residual: learn only what a counting model does not know (Li et al. 2022): logits = net + alpha x log p_ngram, where the net also sees
+    all of p_ngram as an input and sets alpha for each byte. At step 0 the net says nothing and alpha is 1: it *is* the n-gram, and training
+    can only improve on it. Such a model needs `ngram` (an NGram) wherever it goes.
+    """
+
+    def __init__(self, layers=1, heads=2, width=64, context=256, rows=2**19, residual=False):
         super().__init__()
-        self.config = dict(layers=layers, heads=heads, width=width, context=context, rows=rows)
-        self.context = context
+        self.config = dict(layers=layers, heads=heads, width=width, context=context, rows=rows, residual=residual)
+        self.context, self.residual, self.ngram = context, residual, None
         self.byte = nn.Embedding(256, width)
         self.memory = Memory(width, rows)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.head = nn.Linear(width, 256, bias=False)
         nn.init.zeros_(self.head.weight)  # step 0 predicts 1/256 for every byte: 8 bits per byte
+        if residual:
+            self.prior = nn.Linear(256, width, bias=False)
+            self.alpha = nn.Linear(width, 1)
+            for p in (self.prior.weight, self.alpha.weight):
+                nn.init.zeros_(p)
+            nn.init.ones_(self.alpha.bias)
         pairs = width // heads // 2
         angle = torch.arange(context)[:, None] * 10000.0 ** (-torch.arange(pairs) / pairs)  # (T, D/2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def hidden(self, ids, cache=None):
-        """ids (B, T) int64, T <= context -> (B, T, C), what the head reads the next byte from.
+    def forward(self, ids, cache=None, ngram=None):
+        """ids (B, T) int64, T <= context -> logits (B, T, 256) float32 for the byte after each one, in nats, and the states (B, T, C) that
+        they were read from.
 
         cache: a dict, empty at first, that remembers what later bytes need of earlier ones (bytes, keys, values), so that a text can be fed
         piece by piece, each byte once; at most `context` bytes in all (ValueError).
+        ngram (B, T, 256): what the n-gram says about the byte after each one, probabilities; asked here if a residual model is not given it.
         """
-        cache = {} if cache is None else cache
         seen = torch.cat((cache["ids"], ids), 1) if cache else ids  # (B, P + T)
-        T, end = ids.shape[1], seen.shape[1]
+        (B, T), end, device = ids.shape, seen.shape[1], self.cos.device
         if end > self.context:
             raise ValueError(f"{end} bytes do not fit the context of {self.context}")
-        hashes = contexts(seen.cpu())[:, -T:]
-        x = self.byte(ids.to(self.cos.device)) + self.memory(hashes.flatten(0, 1)).view(*ids.shape, -1)  # (B, T, C)
+        hashes = contexts(seen.to(torch.uint8).cpu().numpy(), T).reshape(-1, KINDS)
+        x = self.byte(ids.to(device)) + self.memory(hashes).view(*ids.shape, -1)  # (B, T, C)
+        if self.residual:
+            ngram = self.ask(seen, T) if ngram is None else ngram
+            belief = ngram.to(device).clamp(min=1e-6).log()  # (B, T, 256)
+            x = x + self.prior(belief + 6)  # about 0 for a byte that is neither likely nor out of the question
         x = norm(x)
-        cos, sin = self.cos[end - T : end], self.sin[end - T : end]
-        layers = []
+        if cache is not None:
+            if not cache:
+                D = x.shape[-1] // self.config["heads"]
+                cache["layers"] = [x.new_empty(2, B, self.config["heads"], self.context, D) for _ in self.blocks]
+            cache["ids"] = seen
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, cos, sin, cache["layers"][i] if cache else None)
-            layers.append(kv)
-        cache.update(ids=seen, layers=layers)
-        return norm(x)
+            x = block(x, self.cos[end - T : end], self.sin[end - T : end], cache and cache["layers"][i], end - T)
+        states = norm(x)
+        logits = self.head(states)
+        if self.residual:
+            logits = logits + self.alpha(states) * belief
+        return logits.float(), states
 
-    def forward(self, ids, cache=None):
-        """The same, -> logits (B, T, 256) float32 for the byte after each one, in nats."""
-        return self.head(self.hidden(ids, cache)).float()
+    def ask(self, ids, T):
+        """What the n-gram says after each of the last T bytes of ids (B, t), each row a story from its END on. -> (B, T, 256)"""
+        B, t = ids.shape
+        text = F.pad(ids.cpu(), (0, 1), value=END).to(torch.uint8).numpy()  # asked about: END in the last column
+        at = (t + 1) * np.arange(B)[:, None] + np.arange(t - T + 1, t + 1)
+        return torch.from_numpy(self.ngram.probs(text.ravel(), at.ravel(), adaptive=True)).view(B, T, 256)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=None):
         """Continue several prompts at once, without end: yields a list of B integers, the next byte of each story, one list per byte.
 
         prompts: list of B bytes objects; each story's END is put before it. The first list is the byte after the shortest prompt; where a
-        prompt is longer, its own bytes come first. fuse: a function (p (B, 256), hidden (B, T, C) of the bytes just fed, ids (B, t)) -> p,
+        prompt is longer, its own bytes come first. fuse: a function (p (B, 256), states (B, T, C) of the bytes just fed, ids (B, t)) -> p,
         that may change the probabilities (sample.py).
 
         Each byte is fed once (cache). When the context is full, its second half is fed again as a new one: a byte then costs twice as
@@ -213,9 +235,9 @@ class GPT(nn.Module):
         while True:
             if cache and cache["ids"].shape[1] + new.shape[1] > self.context:
                 cache, new = {}, ids[:, -self.context // 2 :]
-            hidden = self.hidden(new, cache)  # (B, T, C)
-            p = F.softmax(self.head(hidden[:, -1]).float(), -1).cpu()  # (B, 256)
-            byte = choose(fuse(p, hidden, ids) if fuse else p, temperature, top_p, generator)  # (B,)
+            logits, states = self(new, cache, self.ask(ids, new.shape[1]) if self.residual else None)
+            p = F.softmax(logits[:, -1], -1).cpu()  # (B, 256)
+            byte = choose(fuse(p, states, ids) if fuse else p, temperature, top_p, generator)  # (B,)
             t = ids.shape[1] - 1
             for b, prompt in enumerate(prompts):
                 if t < len(prompt):
@@ -295,16 +317,16 @@ def orthogonalize(x):
 class Batches:
     """Random windows of the text, and what the teacher says about them. Made one ahead by a thread, while the net computes."""
 
-    def __init__(self, text, batch, context, teacher, seed):
+    def __init__(self, text, batch, context, teacher, seed, adaptive=False):
         self.text = np.concatenate((np.zeros(1, np.uint8), text))  # END before the first story as before all others
-        self.batch, self.context, self.teacher = batch, context, teacher
+        self.batch, self.context, self.teacher, self.adaptive = batch, context, teacher, adaptive
         self.starts = np.flatnonzero(self.text[: -context - 1] == END)
         self.random = np.random.default_rng(seed)
         self.pool = ThreadPoolExecutor(1)
         self.next = None
 
     def make(self, taught):
-        """-> bytes (B, T + 1) int64; the teacher's distributions (B * T, 256) float32 or None"""
+        """-> bytes (B, T + 1) int64; the teacher's distributions (B, T, 256) float32 or None"""
         at = self.random.integers(0, len(self.text) - self.context, self.batch)
         if len(self.starts):  # one window in a batch begins where a story begins, as every story that is told later does
             at[0] = self.random.choice(self.starts)
@@ -313,7 +335,8 @@ class Batches:
         if not taught:
             return window, None
         # The teacher has counted this very text; asked plainly it would recite it, hence leave_one_out. Its text has no END in front.
-        return window, torch.from_numpy(self.teacher.probs(self.text[1:], position[:, 1:].ravel() - 1, leave_one_out=True))
+        q = self.teacher.probs(self.text[1:], position[:, 1:].ravel() - 1, leave_one_out=True, adaptive=self.adaptive)
+        return window, torch.from_numpy(q).view(self.batch, self.context, 256)
 
     def get(self, taught):
         """The next batch; `taught` says whether the one after it will need the teacher."""
@@ -346,7 +369,10 @@ def evaluate(model, text, every=1):
         start = torch.from_numpy(starts[i : i + 16])[:, None]
         at = start + torch.arange(T)  # (b, T) positions of the bytes given; the next ones are asked for
         asked = (at < len(text)) & ((at >= start + T // 2) | (start == 0))
-        logits = model(padded[at])
+        ngram = None
+        if model.residual:  # it has the whole text to the left, as in training
+            ngram = torch.from_numpy(model.ngram.probs(text, at.clamp(max=len(text)).flatten().numpy(), adaptive=True)).view(*at.shape, 256)
+        logits, _ = model(padded[at], ngram=ngram)
         loss = F.cross_entropy(logits.flatten(0, 1).cpu(), padded[at + 1].flatten(), reduction="none").view_as(at)
         nats, count = nats + loss[asked].double().sum().item(), count + asked.sum().item()
     return nats / count / math.log(2)
@@ -413,6 +439,8 @@ def load_checkpoint(out, device="cpu"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(**checkpoint["config"])
         model.load_state_dict(checkpoint.pop("weights"))
+        if model.residual:
+            model.ngram = NGram.load(os.path.join(out, "ngram.npz"))
         return model.to(device), {"facts": checkpoint["facts"], "recipe": checkpoint["recipe"]}
     except FileNotFoundError:
         raise Problem(f"no model in {out}; train one first: python tiny.py --minutes 5 --out {out}") from None
@@ -451,10 +479,11 @@ def pick_device(name):
 
 
 def optimizers(model):
-    """Muon for the matrices inside, AdamW for embedding and head. (The memory has its own, Memory.step.)"""
+    """Muon for the matrices inside, AdamW for what leads in and out. (The memory has its own, Memory.step.)"""
     found = [
         Muon(model.blocks.parameters(), lr=0.02),
-        torch.optim.AdamW([model.byte.weight, model.head.weight], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.AdamW([p for name, p in model.named_parameters() if "blocks" not in name], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0,
+                          fused=True),
     ]
     for optimizer in found:
         for group in optimizer.param_groups:
@@ -474,8 +503,8 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--minutes", type=float, default=5, help="the budget; all but the download counts (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="train for so many steps instead, exactly repeatable")
-    parser.add_argument("--distill", type=float, default=0.8, metavar="FRACTION",
-                        help="part of the budget in which the n-gram teaches; 0: none (default: %(default)s)")
+    parser.add_argument("--distill", type=float, metavar="FRACTION", help="part of the budget in which the n-gram teaches; 0: none (default: 0.8)")
+    parser.add_argument("--residual", action="store_true", help="learn what the n-gram does not know; it stays a part of the model")
     parser.add_argument("--order", type=int, default=12, help="order of the n-gram; 0: do not count one (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--heads", type=int, default=2, help="(default: %(default)s)")
@@ -491,19 +520,23 @@ def parse_arguments(argv=None):
         raise Problem(f"--minutes {args.minutes:g}: give a number above 0, such as 5")
     if args.steps is not None and args.steps < 1:
         raise Problem(f"--steps {args.steps}: give at least 1")
+    if args.distill is None:
+        args.distill = 0.0 if args.residual or args.order == 0 else 0.8
     if not 0 <= args.distill <= 1:
         raise Problem(f"--distill {args.distill:g}: give a part of the budget, from 0 (no teacher) to 1")
     if not 0 <= args.order <= 255:
         raise Problem(f"--order {args.order}: give 0 (no n-gram) to 255; 12 is usual")
     if args.order == 0 and args.distill > 0:
-        raise Problem("--order 0 leaves no teacher: add --distill 0")
+        raise Problem("--order 0 leaves no teacher: leave out --distill")
+    if args.residual and (args.order == 0 or args.distill > 0):
+        raise Problem("--residual has the n-gram inside: leave out --order 0 and --distill")
     for name in ("layers", "heads", "width", "batch"):
         if getattr(args, name) < 1:
             raise Problem(f"--{name} {getattr(args, name)}: give at least 1")
     if args.width % (2 * args.heads):
         raise Problem(f"--width {args.width}: give a multiple of 2 x --heads, {2 * args.heads}")
-    if not 16 <= args.context <= len(POWERS) or args.context % 2:
-        raise Problem(f"--context {args.context}: give an even number from 16 to {len(POWERS)}")
+    if not 16 <= args.context <= 4096 or args.context % 2:
+        raise Problem(f"--context {args.context}: give an even number from 16 to 4096")
     return args
 
 
@@ -527,13 +560,14 @@ def main(argv=None):
         print(f"\n{elapsed():6.1f} s  n-gram of order {args.order}: {level:.3f} bits per byte")
         print(printable(ngram.generate(PROMPT, 300, 0.8, args.seed).decode("utf-8", "replace")), flush=True)
 
-    model = GPT(args.layers, args.heads, args.width, args.context).to(device)
+    model = GPT(args.layers, args.heads, args.width, args.context, residual=args.residual).to(device)
+    model.ngram = ngram if args.residual else None
     computed = sum(p.numel() for p in model.parameters())
     parameters = computed + model.memory.table.numel()
     print(f"\n{elapsed():6.1f} s  net of {computed:,} parameters and a memory of {model.memory.table.numel():,} on {device}, "
           f"{torch.get_num_threads()} threads", flush=True)
     opts = optimizers(model)
-    batches = Batches(text.train, args.batch, args.context, ngram, args.seed)
+    batches = Batches(text.train, args.batch, args.context, ngram, args.seed, adaptive=args.residual)
 
     stop = []  # Ctrl-C: stop at the next step, then evaluate and save as usual; a second one leaves at once
 
@@ -553,13 +587,13 @@ def main(argv=None):
         progress = step / args.steps if args.steps else elapsed() / (budget - closing)
         if progress >= 1:
             break
-        window, teacher = batches.get(progress < args.distill)
-        logits = model(window[:, :-1]).flatten(0, 1)  # (B * T, 256)
-        target = window[:, 1:].flatten().to(device)  # (B * T,)
-        if teacher is None:
+        window, teacher = batches.get(args.residual or progress < args.distill)
+        logits, _ = model(window[:, :-1], ngram=teacher)  # (B, T, 256)
+        logits, target = logits.flatten(0, 1), window[:, 1:].flatten().to(device)  # (B * T, 256), (B * T,)
+        if teacher is None or args.residual:
             loss = F.cross_entropy(logits, target)
         else:
-            loss = distillation_loss(logits, target, teacher.to(device), DISTILL_WEIGHT)
+            loss = distillation_loss(logits, target, teacher.flatten(0, 1).to(device), DISTILL_WEIGHT)
         loss.backward()
         for optimizer in opts:
             for group in optimizer.param_groups:
@@ -589,6 +623,8 @@ def main(argv=None):
     facts = dict(val_bpb=round(val, 4), ngram_bpb=level and round(level, 4), seconds=round(elapsed(), 1), steps=step,
                  bytes_seen=step * args.batch * args.context, parameters=parameters, device=str(device), seed=args.seed, out=args.out)
     save_checkpoint(os.path.join(args.out, "model.pt"), model, facts, vars(args))
+    if args.residual:
+        ngram.save(os.path.join(args.out, "ngram.npz"))
     save(os.path.join(args.out, "curve.svg"), svg(curve, level).encode())
     story = printable(stories(model, [b"Once upon a time"], 1000, seed=args.seed)[0].decode("utf-8", "replace"))
     print(f"\n{picture(curve, level)}\n")
