@@ -593,7 +593,7 @@ def test_main_job(finished):
     assert all(key in facts for key in keys)
     assert 24 * 0.95 < float(facts["seconds"]) < 24 * 1.05  # ±2 % of five minutes are 6 s; here 5 % are 1.2 s
     assert float(facts["val_bpb"]) < 1.5 and float(facts["ngram_bpb"]) < 0.6
-    assert int(facts["bytes_seen"]) == int(facts["steps"]) * 16 * 256
+    assert int(facts["bytes_seen"]) == int(facts["steps"]) * 8 * 512
     assert "\r" not in result.stderr and result.stdout.rstrip().endswith(f"python sample.py --out {out}")
     assert sorted(os.listdir(out)) == ["curve.svg", "model.pt"]
 
@@ -641,7 +641,7 @@ def test_without_network_or_ngram(tmp_path):
     ("tiny.py --data missing.txt", ["missing.txt", "No such file"]),
     ("tiny.py --data .", ["cannot read .", "directory"]),
     ("tiny.py --data empty.txt", ["empty.txt is empty"]),
-    ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 257"]),
+    ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 513"]),
     ("tiny.py --valid short.txt", ["--valid needs --data"]),
     ("tiny.py --data short.txt --valid missing.txt", ["missing.txt"]),
     ("tiny.py --minutes 0", ["--minutes 0"]), ("tiny.py --minutes nan", ["--minutes nan"]), ("tiny.py --minutes inf", ["--minutes inf"]),

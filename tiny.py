@@ -159,7 +159,7 @@ class GPT(nn.Module):
     can only improve on it. Such a model needs `ngram` (an NGram) wherever it goes.
     """
 
-    def __init__(self, layers=1, heads=2, width=64, context=256, rows=2**19, residual=False):
+    def __init__(self, layers=1, heads=2, width=64, context=512, rows=2**19, residual=False):
         super().__init__()
         self.config = dict(layers=layers, heads=heads, width=width, context=context, rows=rows, residual=residual)
         self.context, self.residual, self.ngram = context, residual, None
@@ -509,8 +509,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--layers", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--heads", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--width", type=int, default=64, help="numbers per position (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=256, help="bytes in a window (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="windows in a step (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=512, help="bytes in a window (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="windows in a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: %(default)s)")
     parser.add_argument("--out", default="out", metavar="DIR", help="where the model goes (default: %(default)s)")
