@@ -155,6 +155,8 @@ def ask(url, start, stop):
     thread.join(PATIENCE + 1)
     answer = result[0] if result else TimeoutError("no answer")
     if isinstance(answer, urllib.error.HTTPError):
+        if answer.code == 416 and (given := re.fullmatch(r"bytes \*/(\d+)", answer.headers.get("Content-Range", ""))):
+            return answer, int(given[1])  # nothing from `start` on: the file ends there
         raise Problem(f"{url} answered HTTP {answer.code}; set TINY_URL to a copy of the files, or name text of your own with --data")
     if isinstance(answer, Exception):
         raise NoNetwork(str(getattr(answer, "reason", answer)))
@@ -185,6 +187,8 @@ def download(url, path, want, tries=4):
                     answer, size = ask(url, have, want)
                     bar.total = want = min(want, size)
                     with answer:
+                        if file.tell() >= want:
+                            break
                         while chunk := answer.read(min(1 << 16, want - file.tell()) or 1):
                             file.write(chunk)
                             bar.update(len(chunk))
@@ -215,7 +219,7 @@ def download(url, path, want, tries=4):
 def invent(count=12000, seed=0):
     """Stories from a template with some twenty choices, for machines without a network. -> bytes, about 500 a story, always the same.
 
-    Name, animal, want, problem and helper come back later in the story, so that there is something to remember, and the choices multiply
+    Name, animal, want and helper come back later in the story, so that there is something to remember, and the choices multiply
     to more than 10^12 stories: one that is asked about in validation has not been seen in training.
     """
     names = "Lily Tom Mia Ben Sue Max Anna Sam Lucy Tim Ella Jack Zoe Leo Amy Finn Rose Bob Nina Jay".split()
@@ -316,7 +320,7 @@ def main():
         low, middle, high = np.percentile(lengths, (5, 50, 95))
         print(f"{name}: {len(array):,} bytes, {len(lengths):,} stories of {middle:.0f} bytes (5% below {low:.0f}, 5% above {high:.0f}), "
               f"{len(np.unique(array))} distinct bytes")
-    print(f"\nthe first story of the validation text:\n\n{stories(text.valid)[0].decode('utf-8', 'replace')}")
+    print(f"\nthe first story of the validation text:\n\n{printable(b''.join(stories(text.valid)[:1]).decode('utf-8', 'replace'))}")
 
 
 if __name__ == "__main__":

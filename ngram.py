@@ -182,8 +182,8 @@ def distinct(keys):
     """The index of one event of each different key. (n,) uint64 -> (different keys,) int64
 
     Pack a hash of the key above the event's index and sort: the first of each run stands for the run. One number holds both, and numpy
-    sorts numbers ten times faster than it finds the order of pairs (argsort). With 2^24 events 40 bits are left for the hash, and of a
-    million different keys about two pairs share theirs: one continuation count in a million is missed.
+    sorts numbers ten times faster than it finds the order of pairs (argsort). With 2^24 events 40 bits are left for the hash, and of 16
+    million different keys about a hundred share theirs with another, so that as many continuation counts are missed.
     """
     width = np.uint64(max(1, len(keys).bit_length()))
     packed = mix(keys)
@@ -296,6 +296,7 @@ class NGram:
                 h[here] = hashed
                 depth[here] += inside
         position = np.arange(len(data), dtype=np.int32)
+        self.row_of[:] = -1
         self.counts = [None] * (self.order + 1)
         self.learned = np.zeros((self.order + 1, 4), np.float32)
         for n in range(self.order, 0, -1):
@@ -325,7 +326,7 @@ class NGram:
         for n in range(1, self.order + 1):  # all the weight on one order gives that order's opinion alone
             self.learned[:, 0] = np.arange(self.order + 1) == n
             p[:, n] = self._walk(data, at, True, self.order)[np.arange(len(at)), data[at]]
-        known = p != np.float32(1 / 256)
+        known = p != np.float32(1 / 256)  # exactly that only where the order did not know the context
         self.learned[:, 0] = learn_weights(p, known.astype(np.int64))[:, 1]
 
     def _learn_echo(self, data):
@@ -473,7 +474,7 @@ class NGram:
         text = np.concatenate([np.frombuffer(prompt, np.uint8), np.zeros(length, np.uint8)])
         for i in range(len(prompt), len(text)):
             p = self.probs(text[:i], [i], adaptive=adaptive)[0].astype(np.float64)
-            p = p ** (1 / temperature) if temperature > 0 else p == p.max()
+            p = (p / p.max()) ** (1 / temperature) if temperature > 0 else p == p.max()
             text[i] = rng.choice(256, p=p / p.sum())
             if text[i] == END:
                 return text[:i].tobytes()
@@ -530,13 +531,13 @@ SWEEP = [("maximum-likelihood", 2), ("maximum-likelihood", 4), ("add-k", 2), ("a
     (smoothing, order) for smoothing in SMOOTHINGS[2:6] for order in (3, 6, 12)] + [("modified-kneser-ney", n) for n in (2, 3, 4, 6, 8, 12, 16)]
 
 
-def measure(text, scored, smoothing, order):
-    """Count text.train, score the bytes `scored`. -> (row of figures, model)"""
+def measure(text, smoothing, order):
+    """Count text.train, score text.valid. -> (row of figures, model)"""
     began = time.perf_counter()
     model = NGram(order, smoothing).fit(text.train)
     seconds = time.perf_counter() - began
     n, memory = model.size(), model.nbytes()
-    return dict(bpb=model.bits_per_byte(scored), adaptive=model.bits_per_byte(scored, adaptive=True), seconds=seconds, rate=len(text.train) / 1e6 / seconds, ngrams=n / 1e6, MB=memory / 1e6,
+    return dict(bpb=model.bits_per_byte(text.valid), adaptive=model.bits_per_byte(text.valid, adaptive=True), seconds=seconds, rate=len(text.train) / 1e6 / seconds, ngrams=n / 1e6, MB=memory / 1e6,
                 each=memory / n, order=order, smoothing=smoothing), model
 
 
@@ -548,12 +549,12 @@ def line(row):
 
 
 def sweep(text):
-    """Measure every model of SWEEP and print a table, best first, and what the best one tells."""
+    """Measure every model of SWEEP and print a table, best first. -> the best one"""
     from tqdm import tqdm
 
     rows, best = [], None
     for smoothing, order in tqdm(SWEEP, desc="models", disable=not sys.stderr.isatty()):
-        row, model = measure(text, text.valid, smoothing, order)
+        row, model = measure(text, smoothing, order)
         rows.append(row)
         if not sys.stderr.isatty():
             print(f"{len(rows)} of {len(SWEEP)} done: order {order}, {smoothing}", file=sys.stderr, flush=True)
@@ -600,7 +601,7 @@ def main():
         else:
             print(HEAD)
             for order in args.orders:
-                row, model = measure(text, text.valid, args.smoothing, order)
+                row, model = measure(text, args.smoothing, order)
                 print(line(row), flush=True)
             some = np.linspace(0, len(text.train) - 1, 100_000).astype(np.int64)
             began = time.perf_counter()

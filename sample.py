@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import END, SEPARATOR, Problem, add_arguments, decode, load, printable, read, run, save
+from data import END, SEPARATOR, Problem, add_arguments, decode, load, printable, read, run, save, text_from
 from data import stories as cut_at_ends
 from ngram import NGram, learn_weights
 from tiny import keep_freed_memory, load_checkpoint, pick_device, stories
@@ -49,6 +49,7 @@ LENGTH = 650  # bytes of each that are looked at
 Now = namedtuple("Now", "net hidden past followed tail")
 # net (B, 256): what the transformer says; hidden (B, C): the state it says it from; past (B, P, C): its states at earlier bytes of the
 # context; followed (B, P): the byte that came after each of those, -1 for none; tail (B, t) uint8: the last bytes, END before the story
+DATASTORE = 100_000  # bytes of the training text whose states are kept
 NEAREST = 64  # neighbours asked
 KNN_HEAT = 8.0  # of squared distances; states have a squared length of C
 CACHE_HEAT = 0.25  # of dot products
@@ -109,7 +110,7 @@ class Fusion:
         """names: of the heads beside the transformer. text: (n,) uint8 training text, whose first part becomes the kNN datastore."""
         self.model, self.names, self.ngram, self.weights, self.pairs = model, ("transformer", *names), ngram, weights, []
         if "knn" in names:
-            self.keys, self.values = self.remember(text[:200_000])
+            self.keys, self.values = self.remember(text[:DATASTORE])
 
     @torch.no_grad()
     def remember(self, text):
@@ -132,8 +133,10 @@ class Fusion:
             logits, states = self.model(given[None], ngram=inside)
             net, hidden = F.softmax(logits[0], -1).cpu(), states[0].cpu()  # (T, 256), (T, C)
             asked = torch.arange(0 if start == 0 else T // 2, len(given))
-            # Position t knows what followed the positions before it, no more.
-            followed = torch.where(torch.arange(len(given)) < asked[:, None], came, -1)  # (B, P)
+            # Position t knows what followed the positions before it, no more, and of this story alone: B rows share one past.
+            P = torch.arange(len(given))
+            begin = torch.where(given == END, P, 0).cummax(0)[0][asked]  # (B,) where its story begins
+            followed = torch.where((P < asked[:, None]) & (P >= begin[:, None]), came, -1)  # (B, P)
             back = asked[:, None] + start - torch.arange(31, -1, -1)
             tail = torch.where(back < 0, END, text[back.clamp(min=0)]).to(torch.uint8).numpy()
             yield Now(net[asked], hidden[asked], hidden.expand(len(asked), -1, -1), followed, tail), came[asked]
@@ -180,7 +183,7 @@ def show_scores(fusion, valid):
     scored, held = slices(valid)
     p = fusion.gold(scored, "scoring")
     bits = lambda q: -np.log2(q).mean()
-    print(f"bits per byte on {len(scored):,} bytes; weights from {len(held):,} others\n")
+    print(f"bits per byte on {len(scored):,} bytes; weights {f'learned on {len(held):,} others' if fusion.pairs else 'as given'}\n")
     for i, name in enumerate(fusion.names):
         print(f"{bits(p[:, i]):8.4f}  {name} alone")
     for i, pair in enumerate(fusion.pairs, 1):
@@ -211,15 +214,14 @@ class Library:
     def text(self):
         """The texts named with --data, else those the run in --out was trained on."""
         def find():
-            a = self.args
-            if not a.data and os.path.exists(os.path.join(a.out, "model.pt")):
-                recipe = self.model(a.out)[1]["recipe"]
+            if not self.args.data and os.path.exists(os.path.join(self.args.out, "model.pt")):
+                recipe = self.model(self.args.out)[1]["recipe"]
                 return load(recipe["data"], recipe["valid"], recipe["megabytes"], recipe["cache"])
-            return load(a.data, a.valid, a.megabytes, a.cache)
+            return text_from(self.args)
         return self.once("text", find)
 
     def ngram(self):
-        """Counted as for the run. Recounting takes seconds; kept as a file it would take more room than the model itself."""
+        """Recounting takes seconds; kept as a file it would take more room than the model itself."""
         def count():
             print("counting the n-gram model ...", file=sys.stderr, flush=True)
             return NGram(self.args.order).fit(self.text().train)
@@ -243,6 +245,8 @@ class Library:
     def prompts(self, n):
         """n beginnings of validation stories, and the stories. -> list of bytes, list of bytes"""
         real = [story for story in cut_at_ends(self.text().valid) if len(story) > 200][:n]
+        if not real:
+            raise Problem("the validation text has no story of more than 200 bytes to take a prompt from; name another with --data, --valid")
         return [b" ".join(story.split(b" ")[:5]) for story in real], real
 
     def stories(self, spec, n=PROMPTS):
@@ -251,18 +255,18 @@ class Library:
             return [story for one in spec.split(",") for story in self.stories(one, n)]
 
         def write():
+            if os.path.isfile(spec):
+                return [story[:LENGTH].decode("utf-8", "ignore") for story in cut_at_ends(read([spec]))[:n]]
             name, *heads = spec.split("+")
             prompts, real = self.prompts(n)
-            if os.path.isfile(spec):
-                found = cut_at_ends(read([spec]))
-            elif spec == "real":
+            if spec == "real":
                 found = real
             elif spec == "ngram":
                 found = [self.ngram().generate(p, LENGTH - len(p), self.args.temperature, i) for i, p in enumerate(tqdm(prompts, "ngram", disable=not sys.stderr.isatty()))]
             else:
                 model = self.model(name)[0]
                 found = stories(model, prompts, LENGTH, self.args.temperature, self.args.top_p, self.args.seed, self.fusion(name, tuple(heads)) if heads else None)
-            return [story[:LENGTH].decode("utf-8", "ignore") for story in found[:n]]
+            return [story[:LENGTH].decode("utf-8", "ignore") for story in found]
         return self.once(("stories", spec, n), write)
 
 
@@ -280,7 +284,8 @@ def words(text):
 
 
 class Reference:
-    """What a training text says about its language, so that nothing about English or about these stories has to be written down by hand."""
+    """What a training text says about its language: its words, names, nouns, and who is a he and who a she. By hand there are only the few
+    function words above and a dozen nouns for persons."""
 
     def __init__(self, text):
         """text: (n,) uint8"""
@@ -309,14 +314,14 @@ class Reference:
         inside = Counter(low for last, low in zip(lower, lower[1:]) if last[-1].isalpha() or last == ",")
         self.names = {w for w, c in capital.items() if c >= 5 and c > 0.9 * inside[w] and len(w) > 2 and "'" not in w}
         self.nouns = {w for w, c in total.items() if c >= 10 and len(w) > 2 and after[w] > 0.25 * c and before[w] > 0.6 * c} - FUNCTION
-        self.gender = {w: he[w] > she[w] for w in self.names if he[w] + she[w] >= 5 and max(he[w], she[w]) > 0.8 * (he[w] + she[w])}
-        self.gender |= {w: True for w in ("boy", "dad", "man", "daddy", "king", "brother", "prince")}
-        self.gender |= {w: False for w in ("girl", "mom", "woman", "mommy", "queen", "sister", "princess")}
+        self.is_male = {w: he[w] > she[w] for w in self.names if he[w] + she[w] >= 5 and max(he[w], she[w]) > 0.8 * (he[w] + she[w])}
+        self.is_male |= {w: True for w in ("boy", "dad", "man", "daddy", "king", "brother", "prince")}
+        self.is_male |= {w: False for w in ("girl", "mom", "woman", "mommy", "queen", "sister", "princess")}
         self.style = {w for w, c in doubled.items() if c >= 5}  # "very very", "bye bye": what is written twice on purpose
 
     def names_of(self, story):
         """The names in a text in order, as written in lower case."""
-        return [w.lower() for w in words(story) if w[0].isupper() and w.lower().removesuffix("'s") in self.names]
+        return [w for w in (w.lower().removesuffix("'s") for w in words(story) if w[0].isupper()) if w in self.names]
 
     def longest_copies(self, texts, seed=24):
         """For each text the length of its longest piece that stands in the training text, bytes; 0 if below `seed`.
@@ -422,10 +427,10 @@ def pronouns_fit(story, ref):
     people, fit = [], []
     for w in words(story):
         w = w.lower().removesuffix("'s")
-        if w in ref.gender:
+        if w in ref.is_male:
             people = [p for p in people if p != w] + [w]
         elif w in HE | SHE and people:
-            fit.append((w in HE) in {ref.gender[p] for p in people[-2:]})
+            fit.append((w in HE) in {ref.is_male[p] for p in people[-2:]})
     return 100 * sum(fit) / len(fit) if fit else None
 
 
@@ -441,13 +446,12 @@ def length(story, ref):
 
 def ends(story, ref):
     """Stories that end by themselves before the cut, %."""
-    return 100.0 * (len(story.encode()) < LENGTH - 3)
+    return 100.0 * (len(story.encode()) < LENGTH - 3)  # a cut inside a character drops up to 3 bytes more
 
 
 # Row, and what is better: -1 less, 1 more, 0 neither: as much as real stories have.
 ROWS = [(doubled, -1), (quotes_close, 1), (sentences_begin, 1), (names_return, 1), (nouns_return, 1), (pronouns_fit, 1), (new_names, -1),
         (known_words, 0), (known_trigrams, 0), (distinct_2, 0), (repeated_4, 0), (length, 0), (ends, 0)]
-THREADS = (names_return, nouns_return, pronouns_fit, new_names)
 
 
 def rubric(texts, ref):
@@ -702,8 +706,10 @@ def parse_arguments(argv):
         raise Problem(f"--top-p {args.top_p:g}: give a probability above 0, at most 1")
     if args.weights and not (min(args.weights) >= 0 and 0 < sum(args.weights) < math.inf):
         raise Problem("--weights: give numbers of 0 or more, not all 0")
-    if (args.score or args.weights) and not args.fuse:
-        raise Problem("--score and --weights are about --fuse: add --fuse ngram,knn,cache")
+    if args.score and not args.fuse:
+        raise Problem("--score is about --fuse: add --fuse ngram,knn,cache")
+    if not 1 <= args.order <= 255:
+        raise Problem(f"--order {args.order}: give 1 to 255; 12 is usual")
     if (args.export or args.judge_url) and not args.judge:
         raise Problem("name the two runs: --judge RUN_A RUN_B")
     return args
