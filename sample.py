@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import END, SEPARATOR, Problem, add_arguments, decode, load, printable, read, run, save, text_from
 from data import stories as cut_at_ends
 from ngram import NGram, learn_weights
-from tiny import keep_freed_memory, load_checkpoint, pick_device, stories
+from tiny import ask, keep_freed_memory, load_checkpoint, pick_device, stories
 
 PROMPTS = 40  # stories per variant
 LENGTH = 650  # bytes of each that are looked at
@@ -62,9 +62,7 @@ def net_head(now):
 
 def ngram_head(now, ngram):
     """What followed these bytes in the training text (ngram.py)."""
-    B, t = now.tail.shape
-    text = np.concatenate((now.tail, np.full((B, 1), END, np.uint8)), 1).ravel()  # an END after each row: no context reaches across
-    return torch.from_numpy(ngram.probs(text, np.arange(B) * (t + 1) + t))
+    return ask(ngram, torch.from_numpy(now.tail), 1, adaptive=False)[:, 0]
 
 
 def knn_head(now, keys, values):
@@ -291,7 +289,7 @@ class Reference:
         """text: (n,) uint8"""
         self.array = np.concatenate((np.zeros(1, np.uint8), text))
         plain = decode(text).decode("utf-8", "replace").replace(SEPARATOR.decode(), " . ")
-        tokens = re.findall(r"[A-Za-z]+(?:'[a-z]+)?|[^\sA-Za-z]+", plain)
+        tokens = re.findall(rf"{WORD.pattern}|[^\sA-Za-z]+", plain)
         lower = [token.lower() for token in tokens]
         total = Counter(lower)
         self.words = {token for token in total if token[0].isalpha()}

@@ -150,6 +150,14 @@ class Memory(nn.Module):
         self.table.index_add_(0, rows.flatten(), (rate[:, :, None] * gradient[:, None]).flatten(0, 1))
 
 
+def ask(ngram, ids, T, adaptive):
+    """What an NGram says after each of the last T bytes of ids (B, t), the rows being stories from their END on. -> (B, T, 256)"""
+    B, t = ids.shape
+    text = F.pad(ids.cpu(), (0, 1), value=END).to(torch.uint8).numpy()  # asked about: END in the last column; no context reaches across
+    at = (t + 1) * np.arange(B)[:, None] + np.arange(t - T + 1, t + 1)
+    return torch.from_numpy(ngram.probs(text.ravel(), at.ravel(), adaptive=adaptive)).view(B, T, 256)
+
+
 class GPT(nn.Module):
     """A byte-level GPT with a memory. rows: of the memory, a power of 2.
 
@@ -193,7 +201,7 @@ class GPT(nn.Module):
         hashes = contexts(seen.to(torch.uint8).cpu().numpy(), T).reshape(-1, KINDS)
         x = self.byte(ids.to(device)) + self.memory(hashes).view(*ids.shape, -1)  # (B, T, C)
         if self.residual:
-            ngram = self.ask(seen, T) if ngram is None else ngram
+            ngram = ask(self.ngram, seen, T, adaptive=True) if ngram is None else ngram
             belief = ngram.to(device).clamp(min=1e-6).log()  # (B, T, 256)
             x = x + self.prior(belief + 6)  # about 0 for a byte that is neither likely nor out of the question
         x = norm(x)
@@ -209,13 +217,6 @@ class GPT(nn.Module):
         if self.residual:
             logits = logits + self.alpha(states) * belief
         return logits.float(), states
-
-    def ask(self, ids, T):
-        """What the n-gram says after each of the last T bytes of ids (B, t), each row a story from its END on. -> (B, T, 256)"""
-        B, t = ids.shape
-        text = F.pad(ids.cpu(), (0, 1), value=END).to(torch.uint8).numpy()  # asked about: END in the last column
-        at = (t + 1) * np.arange(B)[:, None] + np.arange(t - T + 1, t + 1)
-        return torch.from_numpy(self.ngram.probs(text.ravel(), at.ravel(), adaptive=True)).view(B, T, 256)
 
     @torch.inference_mode()
     def generate(self, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=None):
@@ -234,7 +235,7 @@ class GPT(nn.Module):
         while True:
             if cache and cache["ids"].shape[1] + new.shape[1] > self.context:
                 cache, new = {}, ids[:, -self.context // 2 :]
-            logits, states = self(new, cache, self.ask(ids, new.shape[1]) if self.residual else None)
+            logits, states = self(new, cache, ask(self.ngram, ids, new.shape[1], adaptive=True) if self.residual else None)
             p = F.softmax(logits[:, -1], -1).cpu()  # (B, 256)
             byte = choose(fuse(p, states, ids) if fuse else p, temperature, top_p, generator)  # (B,)
             t = ids.shape[1] - 1
