@@ -460,6 +460,15 @@ def test_no_byte_sees_the_future(model):
         assert torch.allclose(before[:, :t], after[:, :t], atol=1e-5) and not torch.allclose(before[:, t], after[:, t], atol=1e-3)
 
 
+def test_attention_finds_what_came_next_where_the_text_looked_alike():
+    torch.manual_seed(0)
+    block, x, still = tiny.Block(width=64, heads=1), torch.randn(1, 40, 64), (torch.ones(40, 32), torch.zeros(40, 32))
+    x[0, 30] = x[0, 10]
+    block.qv.weight.data[64:] = block.out.weight.data[:] = torch.eye(64)  # values are the vectors themselves
+    found = (block(x, *still) - x)[0, 30]
+    assert torch.cosine_similarity(found[None], x[0]).argmax() == 11
+
+
 @pytest.mark.parametrize("pieces", [[32], [1] * 32, [5, 1, 1, 20, 5], [31, 1]])
 def test_cached_logits_equal_uncached(model, pieces):
     ids = torch.randint(0, 256, (3, 32))
@@ -627,6 +636,33 @@ def test_a_residual_run_is_whole(tmp_path, stories_file):
     facts = closing_block(result.stdout)
     assert float(facts["val_bpb"]) < float(facts["ngram_bpb"]), result.stderr
     assert script("sample.py", "--out", tmp_path / "r", "--n", 1, "--length", 60).stdout.startswith("Once upon a time")
+
+
+def test_the_largest_size_that_gets_enough_steps(monkeypatch):
+    text = data.encode(data.invent(50))
+    monkeypatch.setattr(tiny, "SIZES", {"small": dict(layers=1, heads=1, width=16, context=32, batch=2),
+                                        "large": dict(layers=1, heads=1, width=128, context=512, batch=64)})
+    pick = lambda seconds, *options: tiny.pick_size(tiny.parse_arguments(options), text, torch.device("cpu"), seconds)
+    assert pick(1e6)[0]["width"] == 128 and pick(0.01)[0]["width"] == 16 and "more than small needs" in pick(0.01)[1]
+    assert pick(1e6, "--steps", "9")[0]["width"] == 16 and pick(0.01, "--size", "large", "--width", "32")[0] == dict(
+        layers=1, heads=1, width=32, context=512, batch=64)
+
+
+def test_seeds_and_sweep_go_on_where_they_stopped(tmp_path, stories_file):
+    def lines(*options):
+        result = script(os.path.join(HERE, "tiny.py"), "--steps", 4, "--order", 0, "--width", 16, "--data", stories_file, *options, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    first = lines("--seeds", 1)
+    both = lines("--seeds", 2)
+    table = (tmp_path / "out-seeds.tsv").read_text().splitlines()
+    assert len(table) == 3 and table[1] in first and table[1].rsplit("\t", 1)[0] in both
+    bpb = [float(line.split("\t")[0]) for line in table[1:]]
+    assert f"2 runs: {np.mean(bpb):.4f} ± {np.std(bpb, ddof=1):.4f}" in both
+    assert (tmp_path / "out-seed2" / "model.pt").exists()
+    (tmp_path / "sweep.tsv").write_text("not\ta table\n")
+    refused(script(os.path.join(HERE, "tiny.py"), "--sweep", 1, cwd=tmp_path), "sweep.tsv", "move it away")
 
 
 def test_steps_repeat_exactly_and_evaluating_changes_nothing(tmp_path, stories_file, monkeypatch):
