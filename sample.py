@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import END, SEPARATOR, Problem, add_arguments, decode, load, printable, read, run, save, text_from
 from data import stories as cut_at_ends
 from ngram import NGram, learn_weights
-from tiny import ask, keep_freed_memory, load_checkpoint, pick_device, stories
+from tiny import ask, prepare_cpu, load_checkpoint, pick_device, stories
 
 PROMPTS = 40  # stories per variant
 LENGTH = 650  # bytes of each that are looked at
@@ -62,7 +62,7 @@ def net_head(now):
 
 def ngram_head(now, ngram):
     """What followed these bytes in the training text (ngram.py)."""
-    return ask(ngram, torch.from_numpy(now.tail), 1, adaptive=False)[:, 0]
+    return ask(ngram, torch.from_numpy(now.tail), 1)[:, 0]
 
 
 def knn_head(now, keys, values):
@@ -127,7 +127,7 @@ class Fusion:
             ids = text[start : start + T + 1]
             given, came, inside = ids[:-1], ids[1:], None
             if self.model.residual:
-                inside = torch.from_numpy(self.model.ngram.probs(plain, np.arange(start, start + len(given)), adaptive=True))[None]
+                inside = torch.from_numpy(self.model.ngram.probs(plain, np.arange(start, start + len(given))))[None]
             logits, states = self.model(given[None], ngram=inside)
             net, hidden = F.softmax(logits[0], -1).cpu(), states[0].cpu()  # (T, 256), (T, C)
             asked = torch.arange(0 if start == 0 else T // 2, len(given))
@@ -715,7 +715,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
+    prepare_cpu()
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?" instead of stopping the story
     library = Library(args)
     if args.rubric is not None:

@@ -505,14 +505,14 @@ def test_residual_is_the_ngram_at_step_0_and_tells_what_it_was_judged_on():
     torch.manual_seed(0)
     net = tiny.GPT(heads=2, width=16, context=64, rows=64, residual=True)
     net.ngram = counting
-    assert tiny.evaluate(net, text) == pytest.approx(counting.bits_per_byte(text, adaptive=True), rel=1e-3)
+    assert tiny.evaluate(net, text) == pytest.approx(counting.bits_per_byte(text), rel=1e-3)
     for p in [*net.parameters(), net.memory.table]:
         torch.nn.init.normal_(p, std=0.1)
     said, prompt = [], bytes(text[:80]).split(b"\0")[0]
     told = [byte for _, (byte,) in zip(range(60), net.generate([prompt], 0, fuse=lambda p, *_: said.append(p) or p))]
     whole = np.frombuffer(prompt + bytes(told), np.uint8)
     nats = [torch.log(p[0, byte]).item() for p, byte in zip(said, told)]
-    p = counting.probs(whole, np.arange(len(whole) + 1), adaptive=True)
+    p = counting.probs(whole, np.arange(len(whole) + 1))
     fed = 0  # in `whole` with its END in front; the cache starts again at half a context
     for i in range(len(prompt), len(whole)):
         if i + 1 - fed > 64:

@@ -167,20 +167,20 @@ class Memory(nn.Module):
         self.table.index_add_(0, rows.flatten(), (rate[:, :, None] * gradient[:, None]).flatten(0, 1))
 
 
-def ask(ngram, ids, T, adaptive):
+def ask(ngram, ids, T):
     """What an NGram says after each of the last T bytes of ids (B, t), the rows being stories from their END on. -> (B, T, 256)"""
     B, t = ids.shape
     text = F.pad(ids.cpu(), (0, 1), value=END).to(torch.uint8).numpy()  # asked about: END in the last column; no context reaches across
     at = (t + 1) * np.arange(B)[:, None] + np.arange(t - T + 1, t + 1)
-    return torch.from_numpy(ngram.probs(text.ravel(), at.ravel(), adaptive=adaptive)).view(B, T, 256)
+    return torch.from_numpy(ngram.probs(text.ravel(), at.ravel())).view(B, T, 256)
 
 
 class GPT(nn.Module):
     """A byte-level GPT with a memory. rows: of the memory, a power of 2.
 
-    residual: learn only what a counting model does not know (Li et al. 2022): logits = net + alpha x log p_ngram, where the net also sees
-    all of p_ngram as an input and sets alpha for each byte. At step 0 the net says nothing and alpha is 1: it *is* the n-gram, and training
-    can only improve on it. Such a model needs `ngram` (an NGram) wherever it goes.
+    residual: learn only what a counting model does not know (Li et al. 2022): logits = net + alpha x log p_ngram, where the net sets alpha
+    for each byte. At step 0 the net says nothing and alpha is 1: it *is* the n-gram, and training can only improve on it. Such a model
+    needs `ngram` (an NGram) wherever it goes.
     """
 
     def __init__(self, layers=1, heads=1, width=64, context=512, rows=2**19, residual=False):
@@ -193,10 +193,8 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, 256, bias=False)
         nn.init.zeros_(self.head.weight)  # step 0 predicts 1/256 for every byte: 8 bits per byte
         if residual:
-            self.prior = nn.Linear(256, width, bias=False)
             self.alpha = nn.Linear(width, 1)
-            for p in (self.prior.weight, self.alpha.weight):
-                nn.init.zeros_(p)
+            nn.init.zeros_(self.alpha.weight)
             nn.init.ones_(self.alpha.bias)
         pairs = width // heads // 2
         angle = torch.arange(context)[:, None] * 10000.0 ** (-torch.arange(pairs) / pairs)  # (T, D/2)
@@ -216,12 +214,7 @@ class GPT(nn.Module):
         if end > self.context:
             raise ValueError(f"{end} bytes do not fit the context of {self.context}")
         hashes = contexts(seen.to(torch.uint8).cpu().numpy(), T).reshape(-1, KINDS)
-        x = self.byte(ids.to(device)) + self.memory(hashes).view(*ids.shape, -1)  # (B, T, C)
-        if self.residual:
-            ngram = ask(self.ngram, seen, T, adaptive=True) if ngram is None else ngram
-            belief = ngram.to(device).clamp(min=1e-6).log()  # (B, T, 256)
-            x = x + self.prior(belief + 6)  # about 0 for a byte that is neither likely nor out of the question
-        x = norm(x)
+        x = norm(self.byte(ids.to(device)) + self.memory(hashes).view(*ids.shape, -1))  # (B, T, C)
         if cache is not None:
             if not cache:
                 D = x.shape[-1] // self.config["heads"]
@@ -232,7 +225,8 @@ class GPT(nn.Module):
         states = norm(x)
         logits = self.head(states)
         if self.residual:
-            logits = logits + self.alpha(states) * belief
+            ngram = ask(self.ngram, seen, T) if ngram is None else ngram
+            logits = logits + self.alpha(states) * ngram.to(device).clamp(min=1e-6).log()
         return logits.float(), states
 
     @torch.inference_mode()
@@ -252,7 +246,7 @@ class GPT(nn.Module):
         while True:
             if cache and cache["ids"].shape[1] + new.shape[1] > self.context:
                 cache, new = {}, ids[:, -self.context // 2 :]
-            logits, states = self(new, cache, ask(self.ngram, ids, new.shape[1], adaptive=True) if self.residual else None)
+            logits, states = self(new, cache, ask(self.ngram, ids, new.shape[1]) if self.residual else None)
             p = F.softmax(logits[:, -1], -1).cpu()  # (B, 256)
             byte = choose(fuse(p, states, ids) if fuse else p, temperature, top_p, generator)  # (B,)
             t = ids.shape[1] - 1
@@ -334,9 +328,9 @@ def orthogonalize(x):
 class Batches:
     """Random windows of the text, and what the teacher says about them. Made one ahead by a thread, while the net computes."""
 
-    def __init__(self, text, batch, context, teacher, seed, adaptive=False):
+    def __init__(self, text, batch, context, teacher, seed):
         self.text = np.concatenate((np.zeros(1, np.uint8), text))  # END before the first story as before all others
-        self.batch, self.context, self.teacher, self.adaptive = batch, context, teacher, adaptive
+        self.batch, self.context, self.teacher = batch, context, teacher
         self.starts = np.flatnonzero(self.text[: -context - 1] == END)
         self.random = np.random.default_rng(seed)
         self.pool = ThreadPoolExecutor(1)
@@ -352,7 +346,7 @@ class Batches:
         if not taught:
             return window, None
         # The teacher has counted this very text; asked plainly it would recite it, hence leave_one_out. Its text has no END in front.
-        q = self.teacher.probs(self.text[1:], position[:, 1:].ravel() - 1, leave_one_out=True, adaptive=self.adaptive)
+        q = self.teacher.probs(self.text[1:], position[:, 1:].ravel() - 1, leave_one_out=True)
         return window, torch.from_numpy(q).view(self.batch, self.context, 256)
 
     def get(self, taught):
@@ -388,7 +382,7 @@ def evaluate(model, text, every=1):
         asked = (at < len(text)) & ((at >= start + T // 2) | (start == 0))
         ngram = None
         if model.residual:  # it has the whole text to the left, as in training
-            ngram = torch.from_numpy(model.ngram.probs(text, at.clamp(max=len(text)).flatten().numpy(), adaptive=True)).view(*at.shape, 256)
+            ngram = torch.from_numpy(model.ngram.probs(text, at.clamp(max=len(text)).flatten().numpy())).view(*at.shape, 256)
         logits, _ = model(padded[at], ngram=ngram)
         loss = F.cross_entropy(logits.flatten(0, 1).cpu(), padded[at + 1].flatten(), reduction="none").view_as(at)
         nats, count = nats + loss[asked].double().sum().item(), count + asked.sum().item()
@@ -474,9 +468,13 @@ DISTILL_WEIGHT = 0.6
 MEMORY_RATE = 0.05  # 0.2 -> 1.159, 0.1 -> 1.158, 0.05 -> 1.155 bpb after 60 s
 
 
-def keep_freed_memory():
-    """Let glibc keep blocks that were freed. Else it returns those of a megabyte and more to the system at once, and each step fetches them
-    anew, emptied page by page: 2,000 page faults a step, a fifth of the time. Elsewhere than on Linux this does nothing."""
+def prepare_cpu():
+    """Two things that cost nothing. Numbers below 10^-38 become 0: most processors take a hundred times as long for them (44 -> 35 ms a step).
+
+    And glibc keeps blocks that were freed. Else it returns those of a megabyte and more to the system at once, and each step fetches them
+    anew, emptied page by page: 2,000 page faults a step, a fifth of the time. Elsewhere than on Linux that does nothing.
+    """
+    torch.set_flush_denormal(True)
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its maximum of 32 MB
@@ -678,7 +676,7 @@ def main(argv=None):
     elapsed = lambda: time.monotonic() - start
     budget = 60 * args.minutes
     device = pick_device(args.device)
-    keep_freed_memory()
+    prepare_cpu()
     judged = text.valid[:JUDGED]
     save(os.path.join(args.out, "curve.svg"), svg([(0, 8.0)], None).encode())  # a folder that cannot be written is found out now, not in the end
     print(f"{text.source}: {len(text.train):,} bytes to learn from, {len(judged):,} to be judged on", flush=True)
@@ -701,7 +699,7 @@ def main(argv=None):
     print(f"\n{elapsed():6.1f} s  net of {computed:,} parameters and a memory of {model.memory.table.numel():,} on {device}, "
           f"{torch.get_num_threads()} threads\n{'':9}{reason}", flush=True)
     opts = optimizers(model)
-    batches = Batches(text.train, args.batch, args.context, ngram, args.seed, adaptive=args.residual)
+    batches = Batches(text.train, args.batch, args.context, ngram, args.seed)
 
     stop = []  # Ctrl-C: stop at the next step, then evaluate and save as usual; a second one leaves at once
 
