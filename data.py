@@ -11,6 +11,7 @@ generator at the end of this file, so that everything runs without a network too
 """
 import argparse
 import http.client
+import math
 import os
 import random
 import re
@@ -88,13 +89,20 @@ def stories(array):
 
 # ---- 2. Files ------------------------------------------------------------------------------------------------------------------------
 
-def read(paths):
-    """Read text files, in binary so that no encoding can be wrong; stories do not run on from one file to the next. -> (n,) uint8"""
+def read(paths, megabytes=math.inf):
+    """Read text files, in binary so that no encoding can be wrong; stories do not run on from one file to the next. -> (n,) uint8
+
+    No more than the first so many megabytes of each are read, up to the end of a story if there is one, and a notice says so.
+    """
     parts = []
     for path in paths:
         try:
             with open(path, "rb") as file:
-                part = file.read()
+                size = os.fstat(file.fileno()).st_size
+                part = file.read() if size <= 1e6 * megabytes else file.read(int(1e6 * megabytes))
+            if len(part) < size:
+                part = part[: part.rfind(SEPARATOR)] if SEPARATOR in part else part
+                print(f"NOTICE: {path} has {size / 1e6:,.0f} MB; using the first {len(part) / 1e6:,.0f}. More with --megabytes", file=sys.stderr)
         except OSError as error:
             raise Problem(f"cannot read {path}: {error.strerror}; name a text file with --data") from None
         if not part.strip():
@@ -260,13 +268,15 @@ def invent(count=12000, seed=0):
 def load(files=None, valid=None, megabytes=100, cache="cache", least=2):
     """The text to learn from and the text to be judged on. -> Text
 
-    files, valid: paths, or None for TinyStories (its first `megabytes` MB, kept in the folder `cache`), or without a network the built-in
-    stories. least: bytes that the training text must have. Raises Problem, whose message says what to do.
+    files, valid: paths, or None for TinyStories (kept in the folder `cache`), or without a network the built-in stories. megabytes: how much
+    of each file is used, from its beginning. least: bytes that the training text must have. Raises Problem, whose message says what to do.
     """
     waited = 0.0
     if files:
-        train, source = read(files), " ".join(map(str, files))
-        train, held = (train, read(valid)) if valid else split(train)
+        if both := set(map(os.path.realpath, files)) & set(map(os.path.realpath, valid or [])):
+            raise Problem(f"{min(both)} is both --data and --valid: a model is judged on text it has not seen; leave out --valid to keep 5% for that")
+        train, source = read(files, megabytes), " ".join(map(str, files))
+        train, held = (train, read(valid, megabytes)) if valid else split(train)
     elif valid:
         raise Problem("--valid needs --data: name the text to learn from as well")
     else:
@@ -298,7 +308,7 @@ def add_arguments(parser):
     """The options about text, the same for every script."""
     parser.add_argument("--data", nargs="+", metavar="FILE", help="text to learn from (default: TinyStories, downloaded once)")
     parser.add_argument("--valid", nargs="+", metavar="FILE", help="text to be judged on (default: the last 5%% of --data)")
-    parser.add_argument("--megabytes", type=float, default=100, help="how much of TinyStories to fetch (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=100, help="how much of a text to use, and of TinyStories to fetch (default: %(default)s)")
     parser.add_argument("--cache", default="cache", metavar="DIR", help="where it is kept (default: %(default)s)")
 
 

@@ -1,11 +1,14 @@
 """What must hold, each thing in the smallest case that could break it. No network but 127.0.0.1. Run: python -m pytest -q"""
+import functools
 import http.server
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -462,9 +465,9 @@ def test_no_byte_sees_the_future(model):
 
 def test_attention_finds_what_came_next_where_the_text_looked_alike():
     torch.manual_seed(0)
-    block, x, still = tiny.Block(width=64, heads=1), torch.randn(1, 40, 64), (torch.ones(40, 32), torch.zeros(40, 32))
+    block, x, still = tiny.Block(width=64, heads=1), torch.randn(1, 40, 64), (torch.ones(40, 32), torch.zeros(40, 32))  # no positions
     x[0, 30] = x[0, 10]
-    block.qv.weight.data[64:] = block.out.weight.data[:] = torch.eye(64)  # values are the vectors themselves
+    block.qkv.weight.data[128:] = block.out.weight.data[:] = torch.eye(64)  # values are the vectors themselves
     found = (block(x, *still) - x)[0, 30]
     assert torch.cosine_similarity(found[None], x[0]).argmax() == 11
 
@@ -578,7 +581,7 @@ def test_muon_makes_orthogonal_steps_and_learns():
 def test_choose():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05] + [0.0] * 252]).expand(3000, -1)
     g = torch.Generator().manual_seed(0)
-    draws = lambda **kw: Counter(tiny.choose(p, generator=g, **kw).tolist())
+    draws = lambda **kw: Counter(tiny.choose(p.log(), generator=g, **kw).tolist())
     assert set(draws(temperature=0)) == {0}
     assert draws()[1] == pytest.approx(900, abs=120) and draws(temperature=0.5)[1] == pytest.approx(3000 * 0.09 / 0.365, abs=120)
     assert set(draws(top_p=0.7)) == {0, 1} and set(draws(top_p=0.0001)) == {0}
@@ -615,7 +618,7 @@ def test_main_job(finished):
     assert float(facts["val_bpb"]) < 1.5 and float(facts["ngram_bpb"]) < 0.6
     assert int(facts["bytes_seen"]) == int(facts["steps"]) * 8 * 512
     assert "\r" not in result.stderr and result.stdout.rstrip().endswith(f"python sample.py --out {out}")
-    assert sorted(os.listdir(out)) == ["curve.svg", "model.pt"]
+    assert sorted(os.listdir(out)) == ["curve.svg", "log.jsonl", "model.pt"]
 
 
 def test_sample_reads_the_checkpoint(finished):
@@ -665,17 +668,6 @@ def test_seeds_and_sweep_go_on_where_they_stopped(tmp_path, stories_file):
     refused(script(os.path.join(HERE, "tiny.py"), "--sweep", 1, cwd=tmp_path), "sweep.tsv", "move it away")
 
 
-def test_steps_repeat_exactly_and_evaluating_changes_nothing(tmp_path, stories_file, monkeypatch):
-    def weights(name, show=tiny.SHOW):
-        monkeypatch.setattr(tiny, "SHOW", show)
-        tiny.main(["--steps", "12", "--data", str(stories_file), "--out", str(tmp_path / name), "--width", "16", "--order", "5", "--distill", "0.5"])
-        return torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"]
-
-    first = weights("a")
-    for other in (weights("b"), weights("c", show=())):
-        assert all(torch.equal(first[name], other[name]) for name in first)
-
-
 def test_without_network_or_ngram(tmp_path):
     """The main job on the built-in stories, without --data, when nothing answers."""
     code = "import data, tiny; data.URL = 'http://127.0.0.1:9'; data.run(lambda: tiny.main(['--steps', '3', '--order', '0', '--distill', '0']))"
@@ -684,37 +676,330 @@ def test_without_network_or_ngram(tmp_path):
     assert "MEAN NOTHING" in result.stderr and "ngram_bpb: none" in result.stdout and "val_bpb: " in result.stdout
 
 
-@pytest.mark.parametrize("command, words", [
-    ("tiny.py --data missing.txt", ["missing.txt", "No such file"]),
-    ("tiny.py --data .", ["cannot read .", "directory"]),
-    ("tiny.py --data empty.txt", ["empty.txt is empty"]),
-    ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 513"]),
-    ("tiny.py --valid short.txt", ["--valid needs --data"]),
-    ("tiny.py --data short.txt --valid missing.txt", ["missing.txt"]),
-    ("tiny.py --minutes 0", ["--minutes 0"]), ("tiny.py --minutes nan", ["--minutes nan"]), ("tiny.py --minutes inf", ["--minutes inf"]),
-    ("tiny.py --steps 0", ["--steps 0"]), ("tiny.py --distill 1.5", ["--distill 1.5"]), ("tiny.py --order 300", ["--order 300"]),
-    ("tiny.py --order 0 --distill 0.5", ["no teacher"]), ("tiny.py --residual --distill 0.5", ["leave out"]), ("tiny.py --width 30 --heads 4", ["--width 30"]), ("tiny.py --layers 0", ["--layers 0"]), ("tiny.py --context 7000", ["--context 7000"]),
-    ("tiny.py --device mps", ["--device mps"]), ("tiny.py --megabytes 0", ["--megabytes 0"]),
+BAD = [  # command, words of the one line that answers it
+    ("tiny.py --data missing.txt", ["cannot read missing.txt", "--data"]), ("tiny.py --data empty.txt", ["empty.txt is empty"]),
+    ("tiny.py --data folder", ["cannot read folder", "directory"]), ("tiny.py --data nul.txt", ["training text has 0 bytes"]),
+    ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 513"]), ("tiny.py --valid short.txt", ["--valid needs --data"]),
+    ("tiny.py --data stories.txt --valid missing.txt", ["missing.txt"]), ("tiny.py --data stories.txt --valid short.txt", ["validation text has 10 bytes"]),
+    ("tiny.py --data stories.txt --valid stories.txt", ["stories.txt", "both"]),
+    ("tiny.py --minutes 0", ["--minutes 0"]), ("tiny.py --minutes -1", ["--minutes -1"]), ("tiny.py --minutes nan", ["--minutes nan"]),
+    ("tiny.py --minutes inf", ["--minutes inf"]), ("tiny.py --steps 0", ["--steps 0"]), ("tiny.py --rate 0", ["--rate 0"]),
+    ("tiny.py --distill 1.5", ["--distill 1.5"]), ("tiny.py --order 300", ["--order 300"]), ("tiny.py --order 0 --distill 0.5", ["no teacher"]),
+    ("tiny.py --residual --distill 0.5", ["leave out"]), ("tiny.py --width 30 --heads 4", ["--width 30"]), ("tiny.py --layers 0", ["--layers 0"]),
+    ("tiny.py --context 7000", ["--context 7000"]), ("tiny.py --context 33", ["--context 33"]), ("tiny.py --batch 0", ["--batch 0"]),
+    ("tiny.py --device mps", ["--device mps", "--device cpu"]), ("tiny.py --device cuda", ["--device cuda"]),
+    ("tiny.py --megabytes 0", ["--megabytes 0"]), ("tiny.py --seeds 0", ["--seeds 0"]), ("tiny.py --sweep -3", ["--sweep -3"]),
+    ("tiny.py --data stories.txt --out short.txt", ["cannot write short.txt"]), ("tiny.py --data stories.txt --out short.txt/run", ["cannot write short.txt"]),
+    ("tiny.py --resume nowhere", ["no model.pt in nowhere"]), ("tiny.py --resume broken", ["not a checkpoint"]), ("tiny.py --resume other", ["not a checkpoint"]),
+    ("tiny.py --resume old", ["another version"]),
     ("ngram.py --orders 0", ["--orders"]), ("ngram.py --data empty.txt", ["empty.txt"]), ("ngram.py --load missing", ["cannot read missing"]),
-    ("ngram.py --load empty.txt", ["not what ngram.py saved"]), ("data.py --data missing.txt", ["missing.txt"]),
-    ("sample.py --out nowhere", ["no model in nowhere", "train one first"]), ("sample.py --out broken", ["not a checkpoint"]),
-    ("sample.py --fuse nonsense", ["no model in out"]), ("sample.py --score", ["--fuse"]), ("sample.py --export x", ["--judge"]),
-    ("sample.py --fuse ngram --weights -1 2", ["--weights"]), ("sample.py --judge out out", ["no model in out"]),
-    ("sample.py --n 0", ["--n 0"]), ("sample.py --temperature -1", ["--temperature -1"]), ("sample.py --top-p 0", ["--top-p 0"]),
-])
-def test_bad_input_gets_one_line(tmp_path, command, words):
-    (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "short.txt").write_bytes(b"Too short.")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "model.pt").write_bytes(b"no checkpoint")
+    ("ngram.py --load empty.txt", ["not what ngram.py saved"]), ("ngram.py --temperature -1", ["--temperature -1"]),
+    ("ngram.py --data stories.txt --orders 2 --save folder", ["cannot write folder"]), ("ngram.py --data stories.txt --orders 2 --save no/where", ["cannot write no/where"]),
+    ("data.py --data missing.txt", ["missing.txt"]), ("data.py --data folder", ["folder"]), ("data.py --megabytes nan", ["--megabytes nan"]),
+    ("sample.py --out nowhere", ["no model.pt in nowhere", "train a model first"]), ("sample.py --out broken", ["not a checkpoint"]),
+    ("sample.py --out other", ["not a checkpoint"]), ("sample.py --out evil", ["not a checkpoint"]), ("sample.py --out old", ["another version"]),
+    ("sample.py --out short.txt", ["short.txt"]), ("sample.py --out isfolder", ["isfolder"]), ("sample.py --device cuda", ["no model.pt in out"]),
+    ("sample.py --fuse nonsense", ["no model.pt in out"]), ("sample.py --score", ["--fuse"]), ("sample.py --export x", ["--judge"]),
+    ("sample.py --fuse ngram --weights -1 2", ["--weights"]), ("sample.py --judge out out", ["no model.pt in out"]),
+    ("sample.py --n 0", ["--n 0"]), ("sample.py --length 0", ["--length 0"]), ("sample.py --temperature -1", ["--temperature -1"]),
+    ("sample.py --top-p 0", ["--top-p 0"]), ("sample.py --top-p 1.5", ["--top-p 1.5"]), ("sample.py --order 0", ["--order 0"]),
+]
+
+
+class Evil:
+    """A pickle that would create a file when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.fixture(scope="module")
+def bad_place(tmp_path_factory):
+    """A folder with everything that BAD names."""
+    here = tmp_path_factory.mktemp("bad")
+    (here / "empty.txt").write_bytes(b"")
+    (here / "short.txt").write_bytes(b"Too short.")
+    (here / "nul.txt").write_bytes(bytes(1000))
+    (here / "stories.txt").write_bytes(data.invent(50))
+    (here / "folder").mkdir()
+    for name in ("broken", "other", "evil", "old", "isfolder"):
+        (here / name).mkdir()
+    (here / "isfolder" / "model.pt").mkdir()
+    (here / "broken" / "model.pt").write_bytes(b"no checkpoint")
+    torch.save({"model": {"weight": torch.zeros(3)}}, here / "other" / "model.pt")
+    torch.save({"version": -1}, here / "old" / "model.pt")
+    torch.save(Evil(), here / "evil" / "model.pt")
+    return here
+
+
+@pytest.mark.parametrize("command, words", BAD)
+def test_bad_input_gets_one_line(bad_place, command, words, monkeypatch):
+    """In this process, with what data.run would do with it: one line and exit code 1, nothing written."""
+    monkeypatch.chdir(bad_place)
+    before = sorted(map(str, bad_place.rglob("*")))
     name, *rest = command.split()
-    refused(script(os.path.join(HERE, name), *rest, cwd=tmp_path), *words)
+    if name == "ngram.py":  # as a module it is the class alone
+        refused(script(os.path.join(HERE, name), *rest, cwd=bad_place), *words)
+    else:
+        monkeypatch.setattr(sys, "argv", [name, *rest])
+        with pytest.raises(SystemExit) as ended:
+            data.run({"data.py": data, "tiny.py": tiny, "sample.py": sample}[name].main)
+        line = ended.value.code
+        assert line.startswith("error: ") and "\n" not in line and all(word in line for word in words), line
+    assert sorted(map(str, bad_place.rglob("*"))) == before
+
+
+def test_bad_input_from_outside(bad_place):
+    refused(script(os.path.join(HERE, "tiny.py"), "--data", "missing.txt", cwd=bad_place), "missing.txt")
+    result = script(os.path.join(HERE, "tiny.py"), "--no-such-option", cwd=bad_place)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    stories = ["--data", "stories.txt"]
+    prompt = script(os.path.join(HERE, "ngram.py"), *stories, "--orders", 3, "--prompt", b"\xff\xfe".decode("utf-8", "surrogateescape"), cwd=bad_place)
+    assert prompt.returncode == 0 and "\ufffd" in prompt.stdout
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"old")
+    code = ("import data, resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
+            "data.run(lambda: data.save('model.pt', bytes(2000)))")
+    refused(script("-c", code, cwd=tmp_path, env={"PYTHONPATH": HERE}), "cannot write model.pt", "free some space")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.pt", b"old")]
+
+
+def test_a_truncated_checkpoint_is_refused(tiny_runs, tmp_path):
+    tiny_runs("a", "--steps", 2)
+    whole = (tmp_path / "a" / "model.pt").read_bytes()
+    for part in range(16):
+        (tmp_path / "a" / "model.pt").write_bytes(whole[: len(whole) * part // 16])
+        with pytest.raises(data.Problem, match="not a checkpoint"):
+            tiny.load_checkpoint(str(tmp_path / "a"))
 
 
 def test_help_has_an_example():
     for name in ("data.py", "ngram.py", "tiny.py", "sample.py"):
         result = script(name, "--help")
         assert result.returncode == 0 and "example: python " + name in result.stdout
+
+
+# ---- what one can rely on ------------------------------------------------------------------------------------------------------------
+
+SMALL = ["--width", "16", "--context", "64", "--order", "4"]
+
+
+@pytest.fixture
+def tiny_runs(monkeypatch, tmp_path, stories_file):
+    """A function that calls tiny.main in this process with a small net and memory. -> the weights that it saved"""
+    monkeypatch.setattr(tiny, "GPT", functools.partial(tiny.GPT, rows=2**10))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(name, *options):
+        tiny.main(["--data", str(stories_file), "--out", str(tmp_path / name), *SMALL, *map(str, options)] if "--resume" not in options else [*map(str, options)])
+        return torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"]
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_steps_repeat_exactly_and_evaluating_changes_nothing(tiny_runs, monkeypatch):
+    first = tiny_runs("a", "--steps", 12, "--distill", 0.5)
+    assert same(first, tiny_runs("b", "--steps", 12, "--distill", 0.5))
+    monkeypatch.setattr(tiny, "SHOW", ())
+    assert same(first, tiny_runs("c", "--steps", 12, "--distill", 0.5))
+
+
+@pytest.mark.parametrize("cut", [1, 4, 8, 9, 15])
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_runs, monkeypatch, tmp_path, cut, capsys, stories_file):
+    """Bit for bit, in the phase with a teacher, at its end and after it."""
+    options = ["--steps", 16, "--distill", 0.5]
+    whole, learn, count = tiny_runs("whole", *options), tiny.learn, []
+
+    def counted(*rest):
+        count.append(1)
+        if len(count) == cut:
+            os.kill(os.getpid(), signal.SIGTERM if cut % 2 else signal.SIGINT)
+        return learn(*rest)
+
+    monkeypatch.setattr(tiny, "learn", counted)
+    with pytest.raises(SystemExit) as ended:
+        tiny_runs("cut", *options)
+    assert ended.value.code in (128 + signal.SIGTERM, 128 + signal.SIGINT) and f"interrupted after {cut} steps" in capsys.readouterr().out
+    with pytest.raises(data.Problem, match="--steps 17 differs .* which has 16"):
+        tiny.main(["--resume", str(tmp_path / "cut"), "--steps", "17"])
+    (tmp_path / "other.txt").write_bytes(data.invent(399))
+    assert same(whole, tiny_runs("cut", "--resume", tmp_path / "cut", "--steps", "16"))
+    assert len(count) == 16
+    with pytest.raises(data.Problem, match="is complete"):
+        tiny.main(["--resume", str(tmp_path / "cut")])
+
+
+def test_resume_refuses_other_text(tiny_runs, monkeypatch, tmp_path, stories_file):
+    monkeypatch.setattr(tiny, "SAVE_EVERY", 0)
+    path = tmp_path / "text.txt"
+    path.write_bytes(stories_file.read_bytes())
+    monkeypatch.setattr(tiny, "stories", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT) or [b""])
+    with pytest.raises(SystemExit):
+        tiny_runs("r", "--steps", 9, "--data", path)
+    path.write_bytes(data.invent(300))
+    with pytest.raises(data.Problem, match="not the one of the run"):
+        tiny.main(["--resume", str(tmp_path / "r")])
+
+
+KILLED = """
+import functools, os, random, signal, sys, time
+import tiny
+random.seed(0)
+tiny.GPT, tiny.SAVE_EVERY = functools.partial(tiny.GPT, rows=2**10), 0  # saves after every step
+for i in range(int(sys.argv[1])):
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        tiny.START = began
+        tiny.torch.set_num_threads(1)
+        tiny.main(sys.argv[2:] + ["--out", f"run{i}", "--minutes", "1"])
+        os._exit(0)
+    time.sleep(random.uniform(0.1, 1.3))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_killed_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, stories_file):
+    kills = 30
+    small = tmp_path / "small.txt"
+    small.write_bytes(data.invent(60))
+    result = script("-c", KILLED, kills, "--data", small, *SMALL, "--order", 0, cwd=tmp_path, env={"PYTHONPATH": HERE})
+    assert result.returncode == 0, result.stderr
+    loaded = 0
+    for i in range(kills):
+        if (tmp_path / f"run{i}" / "model.pt").exists():
+            model, rest = tiny.load_checkpoint(str(tmp_path / f"run{i}"))
+            assert rest["training"]["now"]["step"] > 0 and all(p.isfinite().all() for p in model.parameters())
+            loaded += 1
+    assert loaded > kills // 3
+
+
+def test_a_run_is_never_overwritten(tiny_runs, tmp_path, capsys):
+    first = tiny_runs("a", "--steps", 2)
+    tiny_runs("a", "--steps", 3)
+    tiny_runs("a", "--steps", 4)
+    assert "it is now in" in capsys.readouterr().err
+    assert same(first, torch.load(tmp_path / "a.1" / "model.pt", weights_only=True)["weights"]) and (tmp_path / "a.2" / "model.pt").exists()
+
+
+def test_gradients_that_are_no_numbers_are_skipped_and_counted(tiny_runs, monkeypatch, tmp_path, capsys):
+    make, batch = tiny.Batches.make, []
+
+    def poisoned(self, taught):
+        window, teacher = make(self, taught)
+        batch.append(1)
+        if teacher is not None and len(batch) in bad:
+            teacher[0, 0] = math.nan
+        return window, teacher
+
+    monkeypatch.setattr(tiny.Batches, "make", poisoned)
+    bad = {3, 5}
+    weights = tiny_runs("a", "--steps", 12, "--distill", 1)
+    assert "skipped_steps: 2\n" in capsys.readouterr().out and all(w.isfinite().all() for w in weights.values())
+    batch, bad = [], set(range(6, 100))
+    with pytest.raises(data.Problem, match="--rate 0.5"):
+        tiny_runs("b", "--steps", 40, "--distill", 1)
+    model, rest = tiny.load_checkpoint(str(tmp_path / "b"))
+    assert rest["training"]["now"]["step"] == 5 + tiny.PATIENCE and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_ends_on_time_under_load_and_a_pause_does_not_count(tmp_path, stories_file):
+    hog = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    command = [sys.executable, "-c", "import sys, tiny; tiny.PAUSE = 2; tiny.main(sys.argv[1:])", "--data", stories_file, *SMALL, "--minutes", "0.3"]
+    try:
+        run = subprocess.Popen([*map(str, command), "--out", str(tmp_path / "o")], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": HERE})
+        time.sleep(12)
+        run.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        run.send_signal(signal.SIGCONT)
+        out = run.communicate(timeout=120)[0]
+    finally:
+        for process in hog:
+            process.kill()
+    assert 18 * 0.9 < float(closing_block(out)["seconds"]) < 18 * 1.1 and "slept through" in out
+    last = [json.loads(line) for line in open(tmp_path / "o" / "log.jsonl", encoding="utf-8")][-1]
+    assert last["rates"][0] < 0.25 * 0.02  # the learning rate went down all the same
+
+
+def test_log_and_quiet(tiny_runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    tiny_runs("q", "--steps", 20, "--quiet")
+    captured = capsys.readouterr()
+    assert captured.out.startswith("val_bpb: ") and len(captured.out.splitlines()) == len(closing_block(captured.out)) and "\x1b" not in captured.out
+    rows = [json.loads(line) for line in open(tmp_path / "q" / "log.jsonl", encoding="utf-8")]
+    assert len(rows) == len(tiny.SHOW) and rows[-1]["step"] == 18 and rows[-1]["bytes"] == 18 * 8 * 64 and 0 < rows[-1]["bpb"] < 8
+
+
+def test_a_large_file_is_read_only_as_far_as_needed(tmp_path):
+    with open(tmp_path / "large.txt", "wb") as file:
+        file.write(data.invent(3000))
+        file.truncate(2_000_000_000)
+    result = script("-c", "import data, sys; t = data.load([sys.argv[1]], megabytes=1); print(len(t.train), data.peak_memory())", tmp_path / "large.txt")
+    size, memory = map(int, result.stdout.split())
+    assert 900_000 < size < 1_000_000 and memory < 300e6 and "2,000 MB; using the first 1" in result.stderr
+
+
+def test_a_device_that_computes_something_else_is_not_used(monkeypatch, capsys):
+    assert tiny.right(torch.device("cpu"))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tiny, "right", lambda device: False)
+    assert tiny.pick_device("auto").type == "cpu" and "another loss" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(tiny.GPT, "to", lambda self, device: self if device == "cpu" else setattr(self.head.weight, "data", self.head.weight * 1.5) or self)
+    assert not tiny.right(torch.device("cuda"))
+
+
+JOINT = """
+import os, sys, torch, tiny
+rank, world = tiny.processes()
+torch.manual_seed(0)
+model = tiny.GPT(width=16, context=32, rows=2**10)
+net = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+opts = tiny.optimizers(model)
+windows = torch.randint(1, 256, (5, 8, 33), generator=torch.Generator().manual_seed(1))
+for window in windows:
+    tiny.learn(net, opts, window[rank * 8 // world : (rank + 1) * 8 // world], None, 1.0)
+if rank == 0:
+    torch.save(model.state_dict(), sys.argv[1])
+"""
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+
+
+def test_two_processes_learn_what_one_learns_from_the_joint_batch(tmp_path):
+    (tmp_path / "joint.py").write_text(JOINT)
+    env = {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
+    for command in (["joint.py", "one.pt"], [*TORCHRUN, "joint.py", "two.pt"]):
+        result = script(*command, cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stderr
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in one) and one["head.weight"].abs().max() > 0.005
+
+
+def test_two_processes_make_one_run_and_a_killed_one_ends_it(tmp_path, stories_file):
+    env = {"OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, "tiny.py", "--data", stories_file, *SMALL]
+    result = script(*command, "--minutes", 0.25, "--out", tmp_path / "both", env=env)
+    facts = closing_block(result.stdout)
+    assert result.returncode == 0 and result.stdout.count("val_bpb:") == 1, result.stderr
+    assert int(facts["bytes_seen"]) == 2 * 8 * 64 * int(facts["steps"]) and float(facts["seconds"]) < 16.5
+    (tmp_path / "killed.py").write_text("import os, signal, sys, tiny\ntiny.SAVE_EVERY, learn, n = 0, tiny.learn, []\n"
+                                        "def learn_and_die(*a):\n    n.append(1)\n    if len(n) == 20 and os.environ['RANK'] == '1':\n"
+                                        "        os.kill(os.getpid(), signal.SIGKILL)\n    return learn(*a)\n"
+                                        "tiny.learn = learn_and_die\ntiny.run(tiny.main)\n")
+    result = script(*TORCHRUN, tmp_path / "killed.py", *command[len(TORCHRUN) + 1 :], "--minutes", 0.5, "--out", tmp_path / "one", env=env | {"PYTHONPATH": HERE})
+    assert result.returncode != 0 and "error: another process has ended" in result.stderr and "--resume" in result.stderr
+    assert tiny.load_checkpoint(str(tmp_path / "one"))[1]["training"]["now"]["step"] == 19
 
 
 # ---- sample.py -----------------------------------------------------------------------------------------------------------------------
