@@ -622,8 +622,8 @@ def pick_size(args, text, device, seconds):
     """The largest size of which this machine makes ENOUGH steps in `seconds`, by timing a few of each. -> settings, the reason"""
     if args.size != "auto":
         return sized(args, args.size), f"size {args.size}, as asked"
-    if args.steps:
-        return sized(args, "small"), "size small, as always with --steps"
+    if args.steps or dist.is_initialized():
+        return sized(args, "small"), "size small, as always with --steps and with several processes"
     chosen, told = "small", []
     for name in SIZES:
         setting = sized(args, name)
@@ -844,7 +844,7 @@ def train(args):
         say(printable(ngram.generate(PROMPT, 300, 0.8, args.seed).decode("utf-8", "replace")))
 
     if args.resume:
-        reason = f"going on with step {before['step'] + 1:,} of the run in {args.out}"
+        reason = f"going on with step {before['now']['step'] + 1:,} of the run in {args.out}"
     else:
         setting, reason = pick_size(args, text.train, device, budget - clock())
         vars(args).update(setting)
