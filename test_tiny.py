@@ -482,6 +482,15 @@ def test_cached_logits_equal_uncached(model, pieces):
         model(ids[:, :1], cache)
 
 
+def test_quick_is_forward(model):
+    ids = torch.randint(0, 256, (1, 32))
+    cache = {}
+    with torch.inference_mode():
+        first, quick = model(ids[:, :5], cache)[0], model.quick()
+        parts = torch.cat([first, *(quick(byte, cache) for byte in ids[:, 5:].split(1, 1))], 1)
+        assert torch.allclose(parts, model(ids)[0], atol=1e-4)
+
+
 def test_generate_feeds_what_evaluate_judges(model):
     """Beyond the context, every byte is drawn from the logits that the last half to whole context gives uncached."""
     prompt = bytes(range(65, 105))
