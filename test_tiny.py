@@ -709,7 +709,7 @@ BAD = [  # command, words of the one line that answers it
     ("sample.py --out other", ["not a checkpoint"]), ("sample.py --out evil", ["not a checkpoint"]), ("sample.py --out old", ["another version"]),
     ("sample.py --out short.txt", ["short.txt"]), ("sample.py --out isfolder", ["isfolder"]), ("sample.py --device cuda", ["--device cuda"]),
     ("sample.py --fuse nonsense", ["no model.pt in out"]), ("sample.py --score", ["--fuse"]), ("sample.py --export x", ["--judge"]),
-    ("sample.py --fuse ngram --weights -1 2", ["--weights"]), ("sample.py --judge out out", ["no model.pt in out"]),
+    ("sample.py --fuse ngram --weights -1 2", ["--weights"]), ("sample.py --judge out out --data stories.txt", ["no model.pt in out"]),
     ("sample.py --n 0", ["--n 0"]), ("sample.py --length 0", ["--length 0"]), ("sample.py --temperature -1", ["--temperature -1"]),
     ("sample.py --top-p 0", ["--top-p 0"]), ("sample.py --top-p 1.5", ["--top-p 1.5"]), ("sample.py --order 0", ["--order 0"]),
 ]
@@ -864,6 +864,7 @@ KILLED = """
 import functools, os, random, signal, sys, time
 import tiny
 random.seed(0)
+tiny.torch.optim.AdamW([tiny.torch.zeros(1)])  # the first optimizer imports for a second
 tiny.GPT, tiny.SAVE_EVERY = functools.partial(tiny.GPT, rows=2**10), 0  # saves after every step
 for i in range(int(sys.argv[1])):
     began = time.monotonic()
