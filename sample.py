@@ -678,7 +678,7 @@ def parse_arguments(argv):
     parser.add_argument("--prompt", default="Once upon a time", help="how each story begins (default: %(default)s)")
     parser.add_argument("--n", type=int, help="how many stories (default: 5), or pairs to judge (default: 40)")
     parser.add_argument("--length", type=int, default=2000, help="bytes after which a story is cut (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="below 1: safer, above 1: wilder, 0: always the likeliest (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.45, help="below 1: safer, above 1: wilder, 0: always the likeliest (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw only from the likeliest bytes with this much probability (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", help="one byte at a time is fastest on the %(default)s")
@@ -699,7 +699,7 @@ def parse_arguments(argv):
     if args.length < 1:
         raise Problem(f"--length {args.length}: give at least 1")
     if not 0 <= args.temperature <= 100:
-        raise Problem(f"--temperature {args.temperature:g}: give 0 (no chance) to 100; 0.8 is usual")
+        raise Problem(f"--temperature {args.temperature:g}: give 0 (no chance) to 100; 0.45 is usual")
     if not 0 < args.top_p <= 1:
         raise Problem(f"--top-p {args.top_p:g}: give a probability above 0, at most 1")
     if args.weights and not (min(args.weights) >= 0 and 0 < sum(args.weights) < math.inf):

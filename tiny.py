@@ -334,8 +334,11 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
     return won if top_p == 1 else byte.gather(1, won[:, None])[:, 0]
 
 
-def stories(model, prompts, length=1000, temperature=0.8, top_p=1.0, seed=1, fuse=None):
-    """The prompts continued up to END or `length` bytes in all, side by side. list of bytes -> list of bytes"""
+def stories(model, prompts, length=1000, temperature=0.45, top_p=1.0, seed=1, fuse=None):
+    """The prompts continued up to END or `length` bytes in all, side by side. list of bytes -> list of bytes
+
+    temperature: 0.45 as blind readers liked these stories better than those at 0.6, those better than at 0.8, those better than at 1.
+    """
     told, going = [bytearray(prompt[: min(map(len, prompts))]) for prompt in prompts], [True] * len(prompts)
     for step in model.generate(prompts, temperature, top_p, torch.Generator().manual_seed(seed), fuse):
         for b, byte in enumerate(step):
