@@ -25,6 +25,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 STORY = b"Once upon a time there was a cat. The cat sat on a mat. The mat was red.\nThe cat said, \"I like this mat.\""
 TEXT = np.frombuffer(b"the cat sat on the mat\0the rat sat\0a cat ate the rat on a mat\0" * 2 + b"that hat\0", np.uint8)
 
+slow = pytest.mark.skipif("FAST" in os.environ, reason="slow, and FAST is set")
+
 
 def script(*command, env=None, cwd=HERE, **options):
     """Run `python command...` as a user would -> CompletedProcess with text output. No proxy stands between it and 127.0.0.1."""
@@ -660,6 +662,7 @@ def test_the_largest_size_that_gets_enough_steps(monkeypatch):
         layers=1, heads=1, width=32, context=512, batch=64)
 
 
+@slow
 def test_seeds_and_sweep_go_on_where_they_stopped(tmp_path, stories_file):
     def lines(*options):
         result = script(os.path.join(HERE, "tiny.py"), "--steps", 4, "--order", 0, "--width", 16, "--data", stories_file, *options, cwd=tmp_path)
@@ -881,6 +884,7 @@ for i in range(int(sys.argv[1])):
 """
 
 
+@slow
 def test_killed_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, stories_file):
     kills = 30
     small = tmp_path / "small.txt"
@@ -925,6 +929,7 @@ def test_gradients_that_are_no_numbers_are_skipped_and_counted(tiny_runs, monkey
     assert rest["training"]["now"]["step"] == 5 + tiny.PATIENCE and all(p.isfinite().all() for p in model.parameters())
 
 
+@slow
 def test_ends_on_time_under_load_and_a_pause_does_not_count(tmp_path, stories_file):
     hog = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     command = [sys.executable, "-c", "import sys, tiny; tiny.PAUSE = 2; tiny.main(sys.argv[1:])", "--data", stories_file, *SMALL, "--minutes", "0.3"]
@@ -988,6 +993,7 @@ if rank == 0:
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
 
 
+@slow
 def test_two_processes_learn_what_one_learns_from_the_joint_batch(tmp_path):
     (tmp_path / "joint.py").write_text(JOINT)
     env = {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
@@ -998,6 +1004,7 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(tmp_path):
     assert all((one[name] - two[name]).abs().mean() < 1e-5 for name in one) and one["head.weight"].abs().max() > 0.005
 
 
+@slow
 def test_two_processes_make_one_run_and_a_killed_one_ends_it(tmp_path, stories_file):
     env = {"OMP_NUM_THREADS": "1"}
     command = [*TORCHRUN, "tiny.py", "--data", stories_file, *SMALL]
