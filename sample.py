@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import END, SEPARATOR, Problem, add_arguments, decode, load, printable, read, run, save, text_from
 from data import stories as cut_at_ends
 from ngram import NGram, learn_weights
-from tiny import ask, prepare_cpu, load_checkpoint, pick_device, stories
+from tiny import ask, load_checkpoint, pick_device, prepare_cpu, stories
 
 PROMPTS = 40  # stories per variant
 LENGTH = 650  # bytes of each that are looked at

@@ -71,6 +71,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.plain = heads // 2  # so many heads are plain ones
+        self.scale = (2 * heads / width) ** 0.5  # of query x key: sqrt(2 / D), sharper than the usual sqrt(1 / D), as one place must outweigh 500
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         q, k, _ = self.qkv.weight.data.view(3, heads, width // heads, width)
         k[self.plain :] = q[self.plain :]  # what looks alike is alike from the first step on
@@ -81,8 +82,8 @@ class Block(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x, cos, sin, store=None, P=0):
-        """x (B, T, C) -> (B, T, C). store (2, B, H, context + 1, D), zeros at first: queries and values of P earlier bytes, to which those
-        of these T are added; the queries stand one place further right, where they are keys."""
+        """x (B, T, C) -> (B, T, C). store (2, B, H, context + 1, D), zeros at first: keys and values of P earlier bytes, to which those of
+        these T are added; the keys of the induction heads one place further right."""
         B, T, C = x.shape
         qk, v = self.qkv(norm(x)).view(B, T, 3 * self.heads, C // self.heads).transpose(1, 2).split((2 * self.heads, self.heads), 1)
         # Normed queries and keys (QK-norm, Henry et al. 2020) cannot grow, which is what lets the learning rate be high.
@@ -96,7 +97,7 @@ class Block(nn.Module):
             k, v = store[:, :, :, : P + T]
             if P and T > 1:  # query t sees keys up to P + t; a single new byte sees all
                 mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=P == 0 and T > 1, scale=(2 / q.shape[-1]) ** 0.5)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=P == 0 and T > 1, scale=self.scale)  # (B, H, T, D)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
         h = F.relu(self.up(norm(x)))
         return x + self.down(h * h)  # ReLU squared: So et al. 2021
@@ -276,7 +277,7 @@ class GPT(nn.Module):
                 q, k = qk[:H], qk[H:]
                 K, V = cache["layers"][i][:, 0].numpy()
                 K[: block.plain, P], K[block.plain :, P + 1], V[:, P] = k[: block.plain], k[block.plain :], v
-                share = np.exp((K[:, : P + 1] @ q[:, :, None])[:, :, 0] * (2 / q.shape[1]) ** 0.5)  # (H, P + 1); normed vectors: no overflow
+                share = np.exp((K[:, : P + 1] @ q[:, :, None])[:, :, 0] * block.scale)  # (H, P + 1); normed vectors: no overflow
                 y = (share[:, None] @ V[:, : P + 1])[:, 0] / np.add.reduce(share, 1, keepdims=True)
                 x = x + w("out") @ y.ravel()
                 h = np.maximum(w("up") @ norm(x), 0)
@@ -649,6 +650,7 @@ def learn(net, opts, window, teacher, factor):
     return loss.detach() if finite else None
 
 
+# How large a net? `small` is what all the figures are about. The larger ones, and from how many steps on they are worth it, are estimates.
 SIZES = {
     "small": dict(layers=1, heads=2, width=64, context=512, batch=8),
     "medium": dict(layers=1, heads=2, width=128, context=512, batch=8),
@@ -895,10 +897,10 @@ def train(args):
         vars(args).update(setting)
         torch.manual_seed(args.seed)
         model = GPT(args.layers, args.heads, args.width, args.context, residual=args.residual).to(device)
-    if args.residual:
-        model.ngram = ngram
-        if not rank:
-            ngram.save(path("ngram.npz"))
+        if args.residual:
+            model.ngram = ngram
+            if not rank:
+                ngram.save(path("ngram.npz"))
     computed = sum(p.numel() for p in model.parameters())
     parameters = computed + model.memory.table.numel()
     say(f"\n{clock():6.1f} s  net of {computed:,} parameters and a memory of {model.memory.table.numel():,} on {device}, "
