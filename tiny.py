@@ -108,42 +108,55 @@ class Block(nn.Module):
 # A context's row is its hash, collisions and all (hashed n-gram embeddings, Svenstrup et al. 2017), and a row that is not looked up costs
 # nothing. What counting (ngram.py) keeps for each context is 256 counts; here it is C numbers that mean whatever helps the net.
 
-GRAMS = np.array([1, 2, 3, 4, 5, 6, 8])  # contexts: so many bytes ...
+GRAMS = (1, 2, 3, 4, 5, 6, 8)  # contexts: so many bytes ...
 KINDS = len(GRAMS) + 4  # ... and the word so far, alone; with the word before; with the two words before; with only the second word before
 LETTER = np.array([b >= 128 or chr(b).isalpha() or chr(b) == "'" for b in range(256)])
-MULTIPLIER = 6364136223846793005  # odd, from Knuth's MMIX; products and sums below wrap around at 2^64, which keeps hashes apart
-POWERS, INVERSES = (np.array([pow(base, i, 2**64) for i in range(4200)], np.uint64) for base in (MULTIPLIER, pow(MULTIPLIER, -1, 2**64)))
+MULTIPLIER, WRAP = 6364136223846793005, 2**64  # odd, from Knuth's MMIX; hashes are sums and products that wrap around at 2^64
+POWERS, INVERSES = ([pow(base, i, WRAP) for i in range(4200)] for base in (MULTIPLIER, pow(MULTIPLIER, -1, WRAP)))
+ARRAYS = np.array((POWERS, INVERSES), np.uint64)
 
 
-def contexts(ids, T):
-    """Name the contexts that each of the last T bytes completes: ids (B, t) uint8 -> (B, T, KINDS) uint64, evenly spread over all 64 bits.
+def contexts_at(now, S, inverses, gap, end, mark):
+    """Name the contexts that the byte at position `now` completes -> list of KINDS hashes. The same lines serve arrays of positions
+    (`contexts`) and, for the one byte that a story grows by (GPT.quick), plain integers, which must then be taken modulo 2^64.
 
     The hash of bytes a..b-1 is the sum of (byte_j + 1) * MULTIPLIER^(j-a). With S_i the sum over all bytes before i, as if every context
     began at 0, it is (S_b - S_a) * MULTIPLIER^-a: contexts of any length, words too, at every position, without a loop.
+    gap, end: the last position up to each one that is no letter, and the last that is one; mark: the byte if it is no letter, else 0.
     """
-    B, pad = len(ids), GRAMS.max()
-    text = np.concatenate((np.zeros((B, pad), np.uint8), ids), 1)  # beyond the beginning stands END, which is no letter
-    length = text.shape[1]
-    S = np.zeros((B, length + 1), np.uint64)
-    np.cumsum((text + np.uint64(1)) * POWERS[:length], 1, out=S[:, 1:])
-    row = np.arange(B)[:, None]
-    span = lambda a, b: (S[row, b] - S[row, a]) * INVERSES[a]  # hash of bytes a..b-1, (B, T)
-
-    at, letter = np.arange(length), LETTER[text]
-    gap = np.maximum.accumulate(np.where(letter, 0, at), 1)  # (B, length) the last position up to here that is no letter
-    end = np.maximum.accumulate(np.where(letter, at, 0), 1)  # and the last that is one; 0: none
-    now, edge = at[-T:], gap[:, -T:]
-    words = [span(edge + 1, now + 1) * np.uint64(3) + text[:, -T:] * ~letter[:, -T:]]  # the word so far; at a gap, which byte makes it
+    span = lambda a, b: (S[b] - S[a]) * inverses[a]  # hash of bytes a..b-1
+    edge = gap[now]
+    words = [span(edge + 1, now + 1) * 3 + mark[now]]  # the word so far; at a gap, which byte makes it
     for _ in range(2):
-        stop = end[row, edge]  # where the word before that gap ends
-        edge = gap[row, stop]  # the gap before that word
+        stop = end[edge]  # where the word before that gap ends
+        edge = gap[stop]  # the gap before that word
         words.append(span(edge + 1, stop + 1))
-    word, one, two = words[0] * POWERS[1], words[1], words[2]
-    pair = (word + one) * POWERS[1]
-    begin = now[:, None] + 1 - GRAMS  # (T, 7)
-    grams = (S[:, now + 1][:, :, None] - S[:, begin]) * INVERSES[begin]  # (B, T, 7)
-    found = np.concatenate((grams, np.stack((word, pair, (pair + two) * POWERS[1], word + np.uint64(5) * two), -1)), -1)
-    return (found ^ POWERS[:KINDS]) * POWERS[2]  # the same hash in another kind is another context
+    word, one, two = words[0] * MULTIPLIER, words[1], words[2]
+    pair = (word + one) * MULTIPLIER
+    found = [span(now + 1 - n, now + 1) for n in GRAMS] + [word, pair, (pair + two) * MULTIPLIER, word + 5 * two]
+    return [(hash ^ POWERS[kind]) * POWERS[2] for kind, hash in enumerate(found)]  # the same hash in another kind is another context
+
+
+def prefixes(ids):
+    """What `contexts_at` needs to know of texts, for all positions: ids (B, t) uint8 -> S, gap, end, mark, each (B * L,), row after row.
+    L is t + 9: before each beginning stand 8 ENDs, which are no letters, and S has one column more."""
+    B, t = ids.shape
+    text = np.zeros((B, t + max(GRAMS) + 1), np.uint8)
+    text[:, -t - 1 : -1] = ids
+    at, letter = np.arange(text.size).reshape(text.shape), LETTER[text]
+    S = np.zeros(text.shape, np.uint64)
+    np.cumsum((text[:, :-1] + np.uint64(1)) * ARRAYS[0, : len(at[0]) - 1], 1, out=S[:, 1:])
+    gap = np.maximum.accumulate(np.where(letter, 0, at).ravel())
+    end = np.maximum.accumulate(np.where(letter, at, at[:, :1]).ravel())  # the row's first position, which is no letter: none
+    return S.ravel(), gap, end, np.where(letter, 0, text).ravel()
+
+
+def contexts(ids, T):
+    """The contexts that each of the last T bytes completes: ids (B, t) uint8 -> (B, T, KINDS) uint64, evenly spread over all 64 bits."""
+    S, gap, end, mark = prefixes(ids)
+    L = len(S) // len(ids)
+    now = np.arange(len(S)).reshape(-1, L)[:, -1 - T : -1]  # (B, T)
+    return np.stack(contexts_at(now, S, np.tile(ARRAYS[1, :L], len(ids)), gap, end, mark), -1)
 
 
 class Memory(nn.Module):
@@ -250,39 +263,49 @@ class GPT(nn.Module):
             logits = logits + self.alpha(states) * ngram.to(device).clamp(min=1e-6).log()
         return logits.float(), states
 
-    def quick(self):
-        """-> a function like `forward` for the next byte of one story on a CPU: (ids (1, 1), cache) -> logits (1, 1, 256)
+    def quick(self, cache):
+        """Go on with the one story in a cache, on a CPU -> a function like `forward` for its next byte, int -> logits (256,)
 
         It is the same model in NumPy. PyTorch takes some four microseconds to call anything, and one byte needs a hundred small calls, so
-        that nearly all the time went into calling; NumPy takes one. Reads the cache that `forward` began, and goes on with it.
+        that nearly all the time went into calling; NumPy takes one, and plain integers for the contexts less.
         """
-        W = {name: p.detach().numpy() for name, p in self.named_parameters()}
-        table, shift, cos, sin, H = self.memory.table.numpy(), np.uint64(64 - self.memory.bits), self.cos.numpy(), self.sin.numpy(), self.config["heads"]
+        weight = {name: p.numpy() for name, p in self.state_dict().items()}
+        H, shift, P = self.config["heads"], 64 - self.memory.bits, cache["ids"].shape[1]
+        S, gap, end, mark = (array.tolist() for array in prefixes(cache["ids"].to(torch.uint8).numpy()))
+        del gap[-1], end[-1], mark[-1]
+        D = len(self.cos[0]) * 2
+        cos, sin, other = torch.cat((self.cos, self.cos), 1).numpy(), torch.cat((self.sin, -self.sin), 1).numpy(), np.roll(np.arange(D), D // 2)
+        centred = lambda w: w - w.mean(-2, keepdims=True)  # a norm takes the mean off what it gets: done once here, no norm below need do it
+        blocks = []
+        for i, block in enumerate(self.blocks):
+            to_qkv, out, up, down = (weight[f"blocks.{i}.{name}.weight"] for name in ("qkv", "out", "up", "down"))
+            to_qk, to_v = np.split(to_qkv.reshape(3 * H, D, -1), [2 * H])
+            to_qkv = np.concatenate((centred(to_qk), to_v)).reshape(to_qkv.shape)
+            blocks.append((block.plain, block.scale, *cache["layers"][i][:, 0].numpy(), to_qkv, centred(out), up, centred(down)))
+        norm = lambda x: x / math.sqrt(x @ x / len(x) + 1e-5)
 
-        def norm(x):
-            x = x - np.add.reduce(x, -1, keepdims=True) / x.shape[-1]
-            return x / np.sqrt(np.add.reduce(x * x, -1, keepdims=True) / x.shape[-1] + 1e-5)
-
-        def forward(ids, cache):
-            cache["ids"] = torch.cat((cache["ids"], ids), 1)
-            P = cache["ids"].shape[1] - 1
-            rows = contexts(cache["ids"].to(torch.uint8).numpy(), 1)[0, 0] >> shift  # (KINDS,)
-            x = norm(W["byte.weight"][ids.item()] + np.add.reduce(table[rows], 0))  # (C,)
-            for i, block in enumerate(self.blocks):
-                w = lambda name: W[f"blocks.{i}.{name}.weight"]
-                qkv = (w("qkv") @ norm(x)).reshape(3 * H, -1)  # (3 H, D)
-                qk, v = norm(qkv[: 2 * H]), qkv[2 * H :]
-                a, b = qk[:, : len(cos[P])], qk[:, len(cos[P]) :]
-                qk = np.concatenate((a * cos[P] + b * sin[P], b * cos[P] - a * sin[P]), 1)
+        def forward(byte):
+            nonlocal P
+            now, letter = len(gap), LETTER[byte]
+            S.append(S[now] + (byte + 1) * POWERS[now])
+            gap.append(gap[-1] if letter else now), end.append(now if letter else end[-1]), mark.append(0 if letter else byte)
+            rows = [hash % WRAP >> shift for hash in contexts_at(now, S, INVERSES, gap, end, mark)]
+            x = weight["byte.weight"][byte] + np.add.reduce(weight["memory.table"][rows], 0)  # (C,)
+            x = norm(x - np.add.reduce(x) / len(x))
+            for plain, scale, K, V, to_qkv, out, up, down in blocks:
+                qkv = (to_qkv @ norm(x)).reshape(3 * H, D)
+                qk, v = qkv[: 2 * H], qkv[2 * H :]
+                qk = qk / np.sqrt(np.add.reduce(qk * qk, 1, keepdims=True) / D + 1e-5)
+                qk = qk * cos[P] + qk[:, other] * sin[P]
                 q, k = qk[:H], qk[H:]
-                K, V = cache["layers"][i][:, 0].numpy()
-                K[: block.plain, P], K[block.plain :, P + 1], V[:, P] = k[: block.plain], k[block.plain :], v
-                share = np.exp((K[:, : P + 1] @ q[:, :, None])[:, :, 0] * block.scale)  # (H, P + 1); normed vectors: no overflow
+                K[:plain, P], K[plain:, P + 1], V[:, P] = k[:plain], k[plain:], v
+                share = np.exp((K[:, : P + 1] @ q[:, :, None])[:, :, 0] * scale)  # (H, P + 1); normed vectors: no overflow
                 y = (share[:, None] @ V[:, : P + 1])[:, 0] / np.add.reduce(share, 1, keepdims=True)
-                x = x + w("out") @ y.ravel()
-                h = np.maximum(w("up") @ norm(x), 0)
-                x = x + w("down") @ (h * h)
-            return torch.from_numpy(W["head.weight"] @ norm(x))[None, None]
+                x = x + out @ y.ravel()
+                h = np.maximum(up @ norm(x), 0)
+                x = x + down @ (h * h)
+            P += 1
+            return torch.from_numpy(weight["head.weight"] @ norm(x))
 
         return forward
 
@@ -299,16 +322,19 @@ class GPT(nn.Module):
         """
         shortest, longest = min(map(len, prompts)), max(map(len, prompts))
         ids = torch.tensor([[END, *prompt[:shortest]] for prompt in prompts])  # (B, t)
-        cache, new = {}, ids if ids.shape[1] <= self.context else ids[:, -self.context // 2 :]
-        quick = self.quick() if len(prompts) == 1 and not (fuse or self.residual) and self.cos.device.type == "cpu" else None
+        alone = len(prompts) == 1 and not (fuse or self.residual) and self.cos.device.type == "cpu"
+        left = 0  # bytes that the context still takes
         while True:
-            if cache and cache["ids"].shape[1] + new.shape[1] > self.context:
-                cache, new = {}, ids[:, -self.context // 2 :]
-            if quick and cache:
-                logits = quick(new, cache)
+            if left and quick:
+                logits = quick(byte.item())[None]
             else:
+                if not left:
+                    cache, new = {}, ids if ids.shape[1] <= self.context else ids[:, -self.context // 2 :]
+                    left, quick = self.context + 1 - new.shape[1], None
                 logits, states = self(new, cache, ask(self.ngram, ids, new.shape[1]) if self.residual else None)
-            logits = logits[:, -1].cpu()  # (B, 256)
+                logits = logits[:, -1].cpu()  # (B, 256)
+                quick = quick or (self.quick(cache) if alone else None)
+            left -= 1
             if fuse:
                 logits = fuse(F.softmax(logits, -1), states, ids).clamp(min=1e-30).log()
             byte = choose(logits, temperature, top_p, generator)  # (B,)
@@ -326,13 +352,15 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
     bytes that together have that probability (nucleus sampling, Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = F.softmax(logits / temperature, -1)
+    p = F.softmax(logits / temperature, -1, dtype=torch.float64)
     if top_p < 1:
         p, byte = p.sort(-1, descending=True)
         p[p.cumsum(-1) - p >= top_p] = 0  # what comes before a byte is already enough
-    # Who wins a race in which each byte takes a random time of mean 1 / p? Byte i with probability p_i, as it should be.
-    won = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
-    return won if top_p == 1 else byte.gather(1, won[:, None])[:, 0]
+    # Lay the probabilities end to end, as long as they are, and throw a dart: it hits each byte as often as it should.
+    ends = p.cumsum(-1)
+    dart = ends[:, -1:] * torch.rand(len(p), 1, generator=generator, dtype=p.dtype)
+    hit = torch.searchsorted(ends, dart, right=True).clamp(max=255)  # (B, 1)
+    return (hit if top_p == 1 else byte.gather(1, hit))[:, 0]
 
 
 def stories(model, prompts, length=1000, temperature=0.45, top_p=1.0, seed=1, fuse=None):
@@ -946,16 +974,16 @@ def train(args):
     bar = tqdm(total=args.steps or round(budget), unit=" steps" if args.steps else "s", file=sys.stderr,
                disable=args.quiet or rank or not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {n:.0f}/{total}{unit}{postfix}")
     while True:
-        if slept := clock.tick():
-            say(f"{clock():6.1f} s  slept through {slept:.0f} s, which do not count")
         progress, stopped = agreed(now["step"] / args.steps if args.steps else clock() / (budget - now["reserve"]), bool(stop))
         if progress >= 1 or stopped:
             break
-        began = time.monotonic()
+        began = clock()
         window, teacher = batches.get(args.residual or progress < args.distill)
         loss = learn(net, opts, window, teacher, args.rate * learning_rate(progress))
         now["step"] += 1
-        now["trained"] += time.monotonic() - began
+        if slept := clock.tick():
+            say(f"{clock():6.1f} s  slept through {slept:.0f} s, which do not count")
+        now["trained"] += max(0.0, clock() - began)
         bad = bad + 1 if loss is None else 0
         now["skipped"] += loss is None
         if bad == PATIENCE:
