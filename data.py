@@ -311,10 +311,10 @@ def load(files=None, valid=None, megabytes=100, cache="cache", least=2):
 
 def add_arguments(parser):
     """The options about text, the same for every script."""
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="text to learn from (default: TinyStories, downloaded once)")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="text to learn from (default: TinyStories, fetched once)")
     parser.add_argument("--valid", nargs="+", metavar="FILE", help="text to be judged on (default: the last 5%% of --data)")
-    parser.add_argument("--megabytes", type=float, default=100, help="how much of a text to use, and of TinyStories to fetch (default: %(default)s)")
-    parser.add_argument("--cache", default="cache", metavar="DIR", help="where it is kept (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=100, metavar="N", help="to use of a text, and to fetch (default: %(default)s)")
+    parser.add_argument("--cache", default="cache", metavar="DIR", help="where what was fetched is kept (default: %(default)s)")
 
 
 def text_from(args, least=2):

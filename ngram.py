@@ -567,17 +567,17 @@ def sweep(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Count n-grams of bytes, score them on text they have not seen, write a story.",
+    parser = argparse.ArgumentParser(usage="python ngram.py [options]", description="Count n-grams of bytes, score them on text they have not seen, write a story.",
                                      epilog="example: python ngram.py --data stories.txt --orders 2 4 8 12")
     parser.add_argument("--orders", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 12], metavar="N", help="(default: 1 2 3 4 6 8 12)")
-    parser.add_argument("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], help="(default: %(default)s)")
-    parser.add_argument("--sweep", action="store_true", help=f"instead measure {len(SWEEP)} models of different order and smoothing")
+    parser.add_argument("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], metavar="NAME", help=f"{', '.join(SMOOTHINGS)} (default: %(default)s)")
+    parser.add_argument("--sweep", action="store_true", help=f"instead {len(SWEEP)} models of different order and smoothing")
     parser.add_argument("--save", metavar="FILE", help="keep the last model counted")
     parser.add_argument("--load", metavar="FILE", help="count nothing: tell a story with a model that was kept")
     parser.add_argument("--prompt", default="Once upon a time", help="how the story begins (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="(default: %(default)s)")
     parser.add_argument("--adaptive", action="store_true", help="listen to the story so far when writing it")
-    parser.add_argument("--seed", type=int, default=1, help="of the story (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the story (default: %(default)s)")
     add_arguments(parser)
     args = parser.parse_args()
     if not all(1 <= order < len(POWERS) for order in args.orders):

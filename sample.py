@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import END, SEPARATOR, Problem, add_arguments, decode, load, printable, read, run, save, text_from
 from data import stories as cut_at_ends
 from ngram import NGram, learn_weights
-from tiny import ask, load_checkpoint, pick_device, prepare_cpu, stories
+from tiny import ask, load_checkpoint, pick_device, prepare_cpu, stories, windows
 
 PROMPTS = 40  # stories per variant
 LENGTH = 650  # bytes of each that are looked at
@@ -107,10 +107,10 @@ class Fusion:
     def __init__(self, model, names, ngram=None, text=None, weights=None):
         """names: of the heads beside the transformer. text: (n,) uint8 training text, whose first part becomes the kNN datastore."""
         self.model, self.names, self.ngram, self.weights, self.pairs = model, ("transformer", *names), ngram, weights, []
+        self.tail = ngram.order if ngram else 1  # bytes that it may want to see
         if "knn" in names:
             self.keys, self.values = self.remember(text[:DATASTORE])
 
-    @torch.no_grad()
     def remember(self, text):
         """The hidden state at each byte of text and the byte that came next. -> keys (M, C), values (M,)"""
         keys, values = [], []
@@ -119,25 +119,18 @@ class Fusion:
             values.append(gold)
         return torch.cat(keys), torch.cat(values)
 
-    @torch.no_grad()
     def moments(self, text):
-        """Walk through text in windows that overlap by half, as tiny.evaluate does: yields (Now, the bytes that came (B,))."""
-        T, plain, text = self.model.context, text, torch.from_numpy(np.concatenate((np.zeros(1, np.uint8), text)).astype(np.int64))
-        for start in range(0, max(1, len(plain) - T // 2), T // 2):
-            ids = text[start : start + T + 1]
-            given, came, inside = ids[:-1], ids[1:], None
-            if self.model.residual:
-                inside = torch.from_numpy(self.model.ngram.probs(plain, np.arange(start, start + len(given))))[None]
-            logits, states = self.model(given[None], ngram=inside)
-            net, hidden = F.softmax(logits[0], -1).cpu(), states[0].cpu()  # (T, 256), (T, C)
-            asked = torch.arange(0 if start == 0 else T // 2, len(given))
+        """Walk through text as tiny.evaluate does: yields (Now, the bytes that came (B,))."""
+        before = np.concatenate((np.zeros(1, np.uint8), text))  # before[i] is the byte before text[i]
+        for given, came, at, asked, logits, states in windows(self.model, text, batch=1):
+            (given, came, at, logits, states), asked = (x[0] for x in (given, came, at, logits, states)), asked[0].nonzero()[:, 0]
             # Position t knows what followed the positions before it, no more, and of this story alone: B rows share one past.
             P = torch.arange(len(given))
             begin = torch.where(given == END, P, 0).cummax(0)[0][asked]  # (B,) where its story begins
             followed = torch.where((P < asked[:, None]) & (P >= begin[:, None]), came, -1)  # (B, P)
-            back = asked[:, None] + start - torch.arange(31, -1, -1)
-            tail = torch.where(back < 0, END, text[back.clamp(min=0)]).to(torch.uint8).numpy()
-            yield Now(net[asked], hidden[asked], hidden.expand(len(asked), -1, -1), followed, tail), came[asked]
+            back = at[asked].numpy()[:, None] - np.arange(self.tail - 1, -1, -1)
+            tail = np.where(back < 0, END, before[back.clip(0)]).astype(np.uint8)
+            yield Now(F.softmax(logits[asked], -1), states[asked], states.expand(len(asked), -1, -1), followed, tail), came[asked]
 
     def heads(self, now):
         """-> (heads, B, 256)"""
@@ -167,7 +160,7 @@ class Fusion:
         # Several bytes at once are the beginning of a context, one is the next of the same.
         self.states = torch.cat((self.states, hidden), 1) if hidden.shape[1] == 1 and ids.shape[1] > 1 else hidden
         P = self.states.shape[1] - 1
-        tail = F.pad(ids, (32, 0), value=END)[:, -32:].to(torch.uint8).numpy()
+        tail = F.pad(ids, (self.tail, 0), value=END)[:, -self.tail :].to(torch.uint8).numpy()
         return self.mix(self.heads(Now(p, hidden[:, -1], self.states[:, :P], ids[:, ids.shape[1] - P :], tail)))
 
 
@@ -296,9 +289,9 @@ class Reference:
         alone = [token for token in lower if token[0].isalpha()]
         self.trigrams = set(map(hash, zip(alone, alone[1:], alone[2:])))
         capital, after, before, he, she, doubled = Counter(), Counter(), Counter(), Counter(), Counter(), Counter()
-        name = None
+        name, inside = None, lambda last: last[-1:].isalpha() or last == ","  # of a sentence, where only names are written large
         for last, token, low, following in zip([""] + lower, tokens, lower, lower[1:] + [""]):
-            if token[0].isupper() and last and (last[-1].isalpha() or last == ","):  # inside a sentence only names are written large
+            if token[0].isupper() and inside(last):
                 capital[low] += 1
                 name = low
             if last in DETERMINERS:
@@ -309,8 +302,8 @@ class Reference:
                 (he if low in HE else she)[name] += 1
                 name = None
             doubled[low] += low == last
-        inside = Counter(low for last, low in zip(lower, lower[1:]) if last[-1].isalpha() or last == ",")
-        self.names = {w for w, c in capital.items() if c >= 5 and c > 0.9 * inside[w] and len(w) > 2 and "'" not in w}
+        within = Counter(low for last, low in zip(lower, lower[1:]) if inside(last))
+        self.names = {w for w, c in capital.items() if c >= 5 and c > 0.9 * within[w] and len(w) > 2 and "'" not in w}
         self.nouns = {w for w, c in total.items() if c >= 10 and len(w) > 2 and after[w] > 0.25 * c and before[w] > 0.6 * c} - FUNCTION
         self.is_male = {w: he[w] > she[w] for w in self.names if he[w] + she[w] >= 5 and max(he[w], she[w]) > 0.8 * (he[w] + she[w])}
         self.is_male |= {w: True for w in ("boy", "dad", "man", "daddy", "king", "brother", "prince")}
@@ -671,27 +664,29 @@ def write_story(model, prompt, args, generator, fusion, write):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Let a trained model tell stories, and find out whether they are good.",
-                                     epilog='example: python sample.py --prompt "One day, a cat" --n 3 --temperature 0.7. A RUN is a folder of tiny.py, '
-                                            'a folder with heads ("out+ngram+cache"), "ngram", "real", or a text file of stories.')
+    parser = argparse.ArgumentParser(
+        usage="python sample.py [options]",
+        description='Let a trained model tell stories, and find out whether they are good. A RUN is a folder of tiny.py, a folder with heads '
+                    '("out+ngram+cache"), "ngram", "real", a text file of stories, or several of these with commas between.',
+        epilog='example: python sample.py --prompt "One day, a cat" --n 3 --temperature 0.7')
     parser.add_argument("--out", default="out", metavar="DIR", help="the folder tiny.py saved the model in (default: %(default)s)")
     parser.add_argument("--prompt", default="Once upon a time", help="how each story begins (default: %(default)s)")
-    parser.add_argument("--n", type=int, help="how many stories (default: 5), or pairs to judge (default: 40)")
-    parser.add_argument("--length", type=int, default=2000, help="bytes after which a story is cut (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.45, help="below 1: safer, above 1: wilder, 0: always the likeliest (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw only from the likeliest bytes with this much probability (default: all)")
-    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", help="one byte at a time is fastest on the %(default)s")
+    parser.add_argument("--n", type=int, metavar="N", help="how many stories (default: 5), or pairs to judge (default: 40)")
+    parser.add_argument("--length", type=int, default=2000, metavar="N", help="bytes after which a story is cut (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.45, metavar="T", help="below 1: safer, 0: always the likeliest (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest bytes with so much probability (default: all)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", metavar="NAME", help="auto, cpu, cuda, mps (default: %(default)s)")
     parser.add_argument("--fuse", metavar="HEADS", help="mix in: ngram,knn,cache")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the transformer and each head (default: learned)")
-    parser.add_argument("--order", type=int, default=12, help="order of the n-gram (default: %(default)s)")
-    parser.add_argument("--score", action="store_true", help="no stories: bits per byte of every head and of the mixture")
-    parser.add_argument("--rubric", nargs="*", metavar="RUN", help="no stories to read: what goes wrong in 40 of each run, counted")
-    parser.add_argument("--judge", nargs=2, metavar="RUN", help="compare two runs blind, here in the terminal")
-    parser.add_argument("--judge-url", metavar="URL", help="let a language model judge: https://.../v1; JUDGE_MODEL, JUDGE_KEY in the environment")
+    parser.add_argument("--order", type=int, default=12, metavar="N", help="of the n-gram (default: %(default)s)")
+    parser.add_argument("--score", action="store_true", help="instead: bits per byte of every head and of the mixture")
+    parser.add_argument("--rubric", nargs="*", metavar="RUN", help="instead: what goes wrong in 40 stories of each run, counted")
+    parser.add_argument("--judge", nargs=2, metavar="RUN", help="instead: compare two runs blind, here in the terminal")
+    parser.add_argument("--judge-url", metavar="URL", help="... by a language model: https://.../v1, and JUDGE_MODEL, JUDGE_KEY set")
     parser.add_argument("--answers", default="answers.jsonl", metavar="FILE", help="where judgements are kept (default: %(default)s)")
     parser.add_argument("--export", metavar="FILE", help="with --judge: write the pairs to a file, and FILE.key.json")
-    parser.add_argument("--bench", action="store_true", help="measure the speed of sampling")
+    parser.add_argument("--bench", action="store_true", help="instead: measure the speed of sampling")
     add_arguments(parser)
     args = parser.parse_args(argv)
     if args.n is not None and args.n < 1:

@@ -1,9 +1,12 @@
 """What must hold, each thing in the smallest case that could break it. No network but 127.0.0.1. Run: python -m pytest -q"""
+import ast
 import functools
 import http.server
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -999,6 +1002,9 @@ for window in windows:
     tiny.learn(net, opts, window[rank * 8 // world : (rank + 1) * 8 // world], None, 1.0)
 if rank == 0:
     torch.save(model.state_dict(), sys.argv[1])
+if world > 1:  # together: a process that leaves on its own can pull the other one down
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
 
@@ -1008,7 +1014,10 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(tmp_path):
     (tmp_path / "joint.py").write_text(JOINT)
     env = {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
     for command in (["joint.py", "one.pt"], [*TORCHRUN, "joint.py", "two.pt"]):
-        result = script(*command, cwd=tmp_path, env=env)
+        for _ in range(3):  # one start of torchrun in thirty was aborted here, before or after what is tested
+            result = script(*command, cwd=tmp_path, env=env)
+            if result.returncode == 0:
+                break
         assert result.returncode == 0, result.stderr
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert all((one[name] - two[name]).abs().mean() < 1e-5 for name in one) and one["head.weight"].abs().max() > 0.005
@@ -1233,3 +1242,43 @@ def test_the_commands_of_sample(finished):
     assert "40 at once" in speed.stdout, speed.stderr
     table = script("sample.py", "--out", out, "--order", 6, "--rubric", out)
     assert table.returncode == 0 and "| names_return | more |" in table.stdout and "| longest_copy |" in table.stdout, table.stderr
+
+
+# ---- README.md -----------------------------------------------------------------------------------------------------------------------
+
+README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+FENCE = re.compile(r"```python\n# ?(.*?); (.*?)\n(.*?)```", re.DOTALL)
+ONLY = """
+import builtins, os
+def only(name, globals=None, *rest, imported=builtins.__import__, **more):  # the piece's own imports; what PyTorch imports is not its concern
+    if name in {"numpy", "torch", "tqdm", "pytest"} - set(%r.split()) and os.path.dirname(globals.get("__file__", "")) == os.getcwd():
+        raise ImportError(name + " is not among what this piece says it needs")
+    return imported(name, globals, *rest, **more)
+builtins.__import__ = only
+"""
+
+
+def part(of, file):
+    """A part of a file as the README names it: `section 1`, or functions, classes and constants by name."""
+    text = open(os.path.join(HERE, file), encoding="utf-8").read()
+    found = []
+    for name in re.findall(r"section \d|\w+", of.replace(" and ", " ")):
+        if name.startswith("section"):
+            found.append(re.search(rf"# ---- {name[-1]}\..*?(?=# ---- )", text, re.DOTALL)[0])
+        else:
+            found += [ast.get_source_segment(text, node) for node in ast.parse(text).body if name in (getattr(node, "name", ""), getattr(getattr(node, "targets", [0])[0], "id", ""))]
+    return "\n\n".join(found) + "\n"
+
+
+@pytest.mark.parametrize("packages, takes, code", FENCE.findall(README), ids=[takes for _, takes, _ in FENCE.findall(README)])
+def test_each_piece_works_alone(tmp_path, packages, takes, code):
+    for take in takes.split("; "):
+        if take.startswith("the file "):
+            shutil.copy(os.path.join(HERE, take[9:]), tmp_path)
+        else:
+            code = code.replace("\n...\n", f"\n{part(*take.split(' of '))}\n")
+    code = re.sub(r"https://\S+(?=\")", Server(data.invent(3000)).url, code)
+    (tmp_path / "piece.py").write_text(ONLY % packages + code, encoding="utf-8")
+    assert len(FENCE.findall(README)) == 7
+    result = script("piece.py", cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr

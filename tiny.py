@@ -325,16 +325,16 @@ class GPT(nn.Module):
         alone = len(prompts) == 1 and not (fuse or self.residual) and self.cos.device.type == "cpu"
         left = 0  # bytes that the context still takes
         while True:
-            if left and quick:
-                logits = quick(byte.item())[None]
+            if not left:
+                cache, left, quick = {}, self.context, None
+                new = ids if ids.shape[1] <= self.context else ids[:, -self.context // 2 :]
+            if quick:
+                logits = quick(new.item())[None]
             else:
-                if not left:
-                    cache, new = {}, ids if ids.shape[1] <= self.context else ids[:, -self.context // 2 :]
-                    left, quick = self.context + 1 - new.shape[1], None
                 logits, states = self(new, cache, ask(self.ngram, ids, new.shape[1]) if self.residual else None)
                 logits = logits[:, -1].cpu()  # (B, 256)
-                quick = quick or (self.quick(cache) if alone else None)
-            left -= 1
+                quick = self.quick(cache) if alone else None
+            left -= new.shape[1]
             if fuse:
                 logits = fuse(F.softmax(logits, -1), states, ids).clamp(min=1e-30).log()
             byte = choose(logits, temperature, top_p, generator)  # (B,)
@@ -466,26 +466,33 @@ def distillation_loss(logits, target, teacher, weight):
 
 
 @torch.no_grad()
-def evaluate(model, text, every=1):
-    """Bits per byte of text, (n,) uint8: each byte predicted once, from at least half a context of real bytes before it where there are any.
+def windows(model, text, every=1, batch=16):
+    """Let the model read text, (n,) uint8, so that each byte is predicted once, after at least half a context where there are so many bytes:
+    windows overlap by half and only their second half counts (in the first window, all). every: read one window in `every`, for a quick look.
 
-    Windows overlap by half and only their second half counts (in the first window, all). every: take one window in `every`, for a quick
-    look. No random numbers are used, so evaluating changes nothing.
+    Yields, for b windows at a time: given (b, T) int64; came (b, T), the bytes to be predicted; at (b, T), where in text those stand;
+    asked (b, T) bool, which of them count; logits (b, T, 256) and states (b, T, C) on the CPU. No random numbers are used: looking changes nothing.
     """
     T = model.context
     padded = torch.from_numpy(np.concatenate((np.zeros(1, np.uint8), text, np.zeros(T, np.uint8))).astype(np.int64))
     starts = np.arange(0, max(1, len(text) - T // 2), T // 2)[::every]
-    nats = count = 0
-    for i in range(0, len(starts), 16):
-        start = torch.from_numpy(starts[i : i + 16])[:, None]
-        at = start + torch.arange(T)  # (b, T) positions of the bytes given; the next ones are asked for
+    for i in range(0, len(starts), batch):
+        start = torch.from_numpy(starts[i : i + batch])[:, None]
+        at = start + torch.arange(T)
         asked = (at < len(text)) & ((at >= start + T // 2) | (start == 0))
         ngram = None
         if model.residual:  # it has the whole text to the left, as in training
             ngram = torch.from_numpy(model.ngram.probs(text, at.clamp(max=len(text)).flatten().numpy())).view(*at.shape, 256)
-        logits, _ = model(padded[at], ngram=ngram)
-        loss = F.cross_entropy(logits.flatten(0, 1).cpu(), padded[at + 1].flatten(), reduction="none").view_as(at)
-        nats, count = nats + loss[asked].double().sum().item(), count + asked.sum().item()
+        logits, states = model(padded[at], ngram=ngram)
+        yield padded[at], padded[at + 1], at, asked, logits.cpu(), states.cpu()
+
+
+def evaluate(model, text, every=1):
+    """Bits per byte of text, (n,) uint8, read as `windows` does."""
+    nats = count = 0
+    for _, came, _, asked, logits, _ in windows(model, text, every):
+        loss = F.cross_entropy(logits[asked], came[asked], reduction="none")
+        nats, count = nats + loss.double().sum().item(), count + len(loss)
     return nats / count / math.log(2)
 
 
@@ -756,26 +763,27 @@ def agreed(progress, stop):
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
+        usage="python tiny.py [options]",
         description="Train a byte-level language model on stories against the clock, watch it learn, read a story.",
         epilog="example: python tiny.py --minutes 5 --data stories.txt --out run1",
     )
-    parser.add_argument("--minutes", type=float, default=5, help="the budget; all but the download counts (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="train for so many steps instead, exactly repeatable")
-    parser.add_argument("--distill", type=float, default=0.0, metavar="FRACTION",
-                        help="part of the budget in which the n-gram teaches (default: 0, as a net with a memory learns better without)")
-    parser.add_argument("--residual", action="store_true", help="learn what the n-gram does not know; it stays a part of the model")
-    parser.add_argument("--order", type=int, default=12, help="order of the n-gram; 0: do not count one (default: %(default)s)")
-    parser.add_argument("--size", choices=("auto", *SIZES), default="auto", help="of the net: what this machine can train in the time (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=5, metavar="M", help="the budget; all but the download counts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, metavar="N", help="train for so many steps instead, exactly repeatable")
+    parser.add_argument("--distill", type=float, default=0.0, metavar="PART", help="of the budget in which the n-gram teaches, 0 to 1 (default: %(default)g)")
+    parser.add_argument("--residual", action="store_true", help="learn what the n-gram does not know; it stays inside")
+    parser.add_argument("--order", type=int, default=12, metavar="N", help="of the n-gram; 0: do not count one (default: %(default)s)")
+    parser.add_argument("--size", choices=("auto", *SIZES), default="auto", metavar="SIZE",
+                        help=f"of the net: {', '.join(SIZES)}, or auto: by timing (default: %(default)s)")
     for name, what in (("layers", "blocks"), ("heads", "attention heads"), ("width", "numbers per position"), ("context", "bytes in a window"),
-                       ("batch", "windows in a step; in minutes many small steps teach more than few large ones")):
-        parser.add_argument(f"--{name}", type=int, help=f"{what} (default: as --size)")
-    parser.add_argument("--rate", type=float, default=1.0, help="of learning, times what is usual (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="instead N whole runs, with seeds 1 to N, and how far they lie apart")
-    parser.add_argument("--sweep", type=int, metavar="N", help="instead N runs of settings drawn at random, each of --minutes, kept in sweep.tsv")
-    parser.add_argument("--resume", metavar="DIR", help="go on with a run that was interrupted, with its options")
+                       ("batch", "windows in a step")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: as --size)")
+    parser.add_argument("--rate", type=float, default=1.0, metavar="R", help="of learning, times what is usual (default: %(default)g)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="instead N whole runs, seeds 1 to N, and how far they lie apart")
+    parser.add_argument("--sweep", type=int, metavar="N", help="instead N runs of settings drawn at random, in sweep.tsv")
+    parser.add_argument("--resume", metavar="DIR", help="go on with an interrupted run, with its options")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the closing figures")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", metavar="NAME", help="auto, cpu, cuda, mps (default: %(default)s)")
     parser.add_argument("--out", default="out", metavar="DIR", help="where the model goes (default: %(default)s)")
     add_arguments(parser)
     args = parser.parse_args(argv)
