@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import END, SEPARATOR, Problem, add_arguments, decode, load, printable, read, run, save, text_from
 from data import stories as cut_at_ends
 from ngram import NGram, learn_weights
-from tiny import ask, load_checkpoint, pick_device, prepare_cpu, stories, windows
+from tiny import ask, generate, load_checkpoint, pick_device, prepare_cpu, stories, windows
 
 PROMPTS = 40  # stories per variant
 LENGTH = 650  # bytes of each that are looked at
@@ -101,7 +101,7 @@ def mixture_weights(p):
 
 
 class Fusion:
-    """Shallow fusion: p = sum of weight x head. Made for one model; called by GPT.generate for each byte."""
+    """Shallow fusion: p = sum of weight x head. Made for one model; called by tiny.generate for each byte."""
     NAMES = ("ngram", "knn", "cache")
 
     def __init__(self, model, names, ngram=None, text=None, weights=None):
@@ -155,7 +155,7 @@ class Fusion:
         return torch.einsum("h,hbv->bv", torch.as_tensor(self.weights, dtype=heads.dtype), heads)
 
     def __call__(self, p, hidden, ids):
-        """For GPT.generate: p (B, 256), hidden (B, T, C) of the bytes just fed, ids (B, t) all bytes so far -> (B, 256)"""
+        """For tiny.generate: p (B, 256), hidden (B, T, C) of the bytes just fed, ids (B, t) all bytes so far -> (B, 256)"""
         hidden = hidden.cpu()
         # Several bytes at once are the beginning of a context, one is the next of the same.
         self.states = torch.cat((self.states, hidden), 1) if hidden.shape[1] == 1 and ids.shape[1] > 1 else hidden
@@ -642,7 +642,7 @@ def bench(model, seed, seconds=5.0):
     naive = rate(recomputing(), 1)
     print(f"{naive:10,.0f} bytes/s  recomputing the context for each byte, one story")
     for n in (1, 40):
-        fast = rate(model.generate([b"Once upon a time"] * n, generator=torch.Generator().manual_seed(seed)), n)
+        fast = rate(generate(model, [b"Once upon a time"] * n, generator=torch.Generator().manual_seed(seed)), n)
         print(f"{fast:10,.0f} bytes/s  with the cache, {n} at once: {fast / naive:.0f} times as fast")
 
 
@@ -656,7 +656,7 @@ def write_story(model, prompt, args, generator, fusion, write):
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     show = lambda text: write(printable(text))
     show(decoder.decode(prompt))
-    for count, (byte,) in enumerate(model.generate([prompt], args.temperature, args.top_p, generator, fusion), len(prompt)):
+    for count, (byte,) in enumerate(generate(model, [prompt], args.temperature, args.top_p, generator, fusion), len(prompt)):
         if byte == END or count >= args.length:
             break
         show(decoder.decode(bytes([byte])))

@@ -491,7 +491,7 @@ def test_quick_is_forward(model):
     ids = torch.randint(0, 256, (1, 32))
     cache = {}
     with torch.inference_mode():
-        first, quick = model(ids[:, :5], cache)[0], model.quick(cache)
+        first, quick = model(ids[:, :5], cache)[0], tiny.quick(model, cache)
         parts = torch.cat([first, *(quick(byte)[None, None] for byte in ids[0, 5:].tolist())], 1)
         assert torch.allclose(parts, model(ids)[0], atol=1e-4)
 
@@ -499,7 +499,7 @@ def test_quick_is_forward(model):
 def test_generate_feeds_what_evaluate_judges(model):
     """Beyond the context, every byte is drawn from the logits that the last half to whole context gives uncached."""
     prompt = bytes(range(65, 105))
-    told = [byte for _, (byte,) in zip(range(60), model.generate([prompt], temperature=0))]
+    told = [byte for _, (byte,) in zip(range(60), tiny.generate(model, [prompt], temperature=0))]
     text = [0, *prompt, *told]
     first = len(prompt) + 1
     fed = first - 16  # the prompt is longer than the context: its last half is fed
@@ -526,7 +526,7 @@ def test_residual_is_the_ngram_at_step_0_and_tells_what_it_was_judged_on():
     for p in [*net.parameters(), net.memory.table]:
         torch.nn.init.normal_(p, std=0.1)
     said, prompt = [], bytes(text[:80]).split(b"\0")[0]
-    told = [byte for _, (byte,) in zip(range(60), net.generate([prompt], 0, fuse=lambda p, *_: said.append(p) or p))]
+    told = [byte for _, (byte,) in zip(range(60), tiny.generate(net, [prompt], 0, fuse=lambda p, *_: said.append(p) or p))]
     whole = np.frombuffer(prompt + bytes(told), np.uint8)
     nats = [torch.log(p[0, byte]).item() for p, byte in zip(said, told)]
     p = counting.probs(whole, np.arange(len(whole) + 1))
@@ -1083,7 +1083,7 @@ def test_generation_asks_the_heads_what_scoring_asked(fused):
     fusion.weights, said = np.array([0.1, 0.2, 0.3, 0.4]), []
     text = bytes(valid[:200])
     spy = lambda p, hidden, ids: said.append(fusion(p, hidden, ids)) or said[-1]
-    for _ in zip(range(101), fusion.model.generate([text[:100], text], fuse=spy)):
+    for _ in zip(range(101), tiny.generate(fusion.model, [text[:100], text], fuse=spy)):
         pass
     want = torch.cat([fusion.mix(fusion.heads(now)) for now, _ in fusion.moments(valid[:201])])
     for i, p in enumerate(said):  # row 1 is told the validation text itself

@@ -5,6 +5,9 @@ clock instead of for a number of steps, and how a model that only counts (ngram.
 
     python tiny.py --minutes 5
 
+Sections 1 to 5 are the subject: the model, the sampler, the optimizer, the loss, the step. Sections 6 to 10 are what a program owes those who
+run it: a picture, checkpoints, the machine at hand, the run itself (`train`: one flat loop), the command.
+
 Axes: B windows of text in a batch, T bytes in a window, C the model's width, H attention heads, D = C / H the width of a head.
 """
 import time
@@ -118,7 +121,7 @@ ARRAYS = np.array((POWERS, INVERSES), np.uint64)
 
 def contexts_at(now, S, inverses, gap, end, mark):
     """Name the contexts that the byte at position `now` completes -> list of KINDS hashes. The same lines serve arrays of positions
-    (`contexts`) and, for the one byte that a story grows by (GPT.quick), plain integers, which must then be taken modulo 2^64.
+    (`contexts`) and, for the one byte that a story grows by (`quick`), plain integers, which must then be taken modulo 2^64.
 
     The hash of bytes a..b-1 is the sum of (byte_j + 1) * MULTIPLIER^(j-a). With S_i the sum over all bytes before i, as if every context
     began at 0, it is (S_b - S_a) * MULTIPLIER^-a: contexts of any length, words too, at every position, without a loop.
@@ -263,88 +266,45 @@ class GPT(nn.Module):
             logits = logits + self.alpha(states) * ngram.to(device).clamp(min=1e-6).log()
         return logits.float(), states
 
-    def quick(self, cache):
-        """Go on with the one story in a cache, on a CPU -> a function like `forward` for its next byte, int -> logits (256,)
 
-        It is the same model in NumPy. PyTorch takes some four microseconds to call anything, and one byte needs a hundred small calls, so
-        that nearly all the time went into calling; NumPy takes one, and plain integers for the contexts less.
-        """
-        weight = {name: p.numpy() for name, p in self.state_dict().items()}
-        H, shift, P = self.config["heads"], 64 - self.memory.bits, cache["ids"].shape[1]
-        S, gap, end, mark = (array.tolist() for array in prefixes(cache["ids"].to(torch.uint8).numpy()))
-        del gap[-1], end[-1], mark[-1]
-        D = len(self.cos[0]) * 2
-        cos, sin, other = torch.cat((self.cos, self.cos), 1).numpy(), torch.cat((self.sin, -self.sin), 1).numpy(), np.roll(np.arange(D), D // 2)
-        centred = lambda w: w - w.mean(-2, keepdims=True)  # a norm takes the mean off what it gets: done once here, no norm below need do it
-        blocks = []
-        for i, block in enumerate(self.blocks):
-            to_qkv, out, up, down = (weight[f"blocks.{i}.{name}.weight"] for name in ("qkv", "out", "up", "down"))
-            to_qk, to_v = np.split(to_qkv.reshape(3 * H, D, -1), [2 * H])
-            to_qkv = np.concatenate((centred(to_qk), to_v)).reshape(to_qkv.shape)
-            blocks.append((block.plain, block.scale, *cache["layers"][i][:, 0].numpy(), to_qkv, centred(out), up, centred(down)))
-        norm = lambda x: x / math.sqrt(x @ x / len(x) + 1e-5)
+# ---- 2. Telling: one byte after the other --------------------------------------------------------------------------------------------
 
-        def forward(byte):
-            nonlocal P
-            now, letter = len(gap), LETTER[byte]
-            S.append(S[now] + (byte + 1) * POWERS[now])
-            gap.append(gap[-1] if letter else now), end.append(now if letter else end[-1]), mark.append(0 if letter else byte)
-            rows = [hash % WRAP >> shift for hash in contexts_at(now, S, INVERSES, gap, end, mark)]
-            x = weight["byte.weight"][byte] + np.add.reduce(weight["memory.table"][rows], 0)  # (C,)
-            x = norm(x - np.add.reduce(x) / len(x))
-            for plain, scale, K, V, to_qkv, out, up, down in blocks:
-                qkv = (to_qkv @ norm(x)).reshape(3 * H, D)
-                qk, v = qkv[: 2 * H], qkv[2 * H :]
-                qk = qk / np.sqrt(np.add.reduce(qk * qk, 1, keepdims=True) / D + 1e-5)
-                qk = qk * cos[P] + qk[:, other] * sin[P]
-                q, k = qk[:H], qk[H:]
-                K[:plain, P], K[plain:, P + 1], V[:, P] = k[:plain], k[plain:], v
-                share = np.exp((K[:, : P + 1] @ q[:, :, None])[:, :, 0] * scale)  # (H, P + 1); normed vectors: no overflow
-                y = (share[:, None] @ V[:, : P + 1])[:, 0] / np.add.reduce(share, 1, keepdims=True)
-                x = x + out @ y.ravel()
-                h = np.maximum(up @ norm(x), 0)
-                x = x + down @ (h * h)
-            P += 1
-            return torch.from_numpy(weight["head.weight"] @ norm(x))
+@torch.inference_mode()
+def generate(model, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=None):
+    """Continue several prompts at once, without end: yields a list of B integers, the next byte of each story, one list per byte.
 
-        return forward
+    prompts: list of B bytes objects; each story's END is put before it. The first list is the byte after the shortest prompt; where a
+    prompt is longer, its own bytes come first. fuse: a function (p (B, 256), states (B, T, C) of the bytes just fed, ids (B, t)) -> p,
+    that may change the probabilities (sample.py).
 
-    @torch.inference_mode()
-    def generate(self, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=None):
-        """Continue several prompts at once, without end: yields a list of B integers, the next byte of each story, one list per byte.
-
-        prompts: list of B bytes objects; each story's END is put before it. The first list is the byte after the shortest prompt; where a
-        prompt is longer, its own bytes come first. fuse: a function (p (B, 256), states (B, T, C) of the bytes just fed, ids (B, t)) -> p,
-        that may change the probabilities (sample.py).
-
-        Each byte is fed once (cache). When the context is full, its second half is fed again as a new one: a byte then costs twice as
-        much on average, however long the story, and sees between half a context and a whole one, as in `evaluate`.
-        """
-        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-        ids = torch.tensor([[END, *prompt[:shortest]] for prompt in prompts])  # (B, t)
-        alone = len(prompts) == 1 and not (fuse or self.residual) and self.cos.device.type == "cpu"
-        left = 0  # bytes that the context still takes
-        while True:
-            if not left:
-                cache, left, quick = {}, self.context, None
-                new = ids if ids.shape[1] <= self.context else ids[:, -self.context // 2 :]
-            if quick:
-                logits = quick(new.item())[None]
-            else:
-                logits, states = self(new, cache, ask(self.ngram, ids, new.shape[1]) if self.residual else None)
-                logits = logits[:, -1].cpu()  # (B, 256)
-                quick = self.quick(cache) if alone else None
-            left -= new.shape[1]
-            if fuse:
-                logits = fuse(F.softmax(logits, -1), states, ids).clamp(min=1e-30).log()
-            byte = choose(logits, temperature, top_p, generator)  # (B,)
-            t = ids.shape[1] - 1
-            for b, prompt in enumerate(prompts) if t < longest else ():
-                if t < len(prompt):
-                    byte[b] = prompt[t]
-            new = byte[:, None]
-            ids = torch.cat((ids, new), 1)
-            yield byte.tolist()
+    Each byte is fed once (cache). When the context is full, its second half is fed again as a new one: a byte then costs twice as
+    much on average, however long the story, and sees between half a context and a whole one, as in `evaluate`.
+    """
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    ids = torch.tensor([[END, *prompt[:shortest]] for prompt in prompts])  # (B, t)
+    alone = len(prompts) == 1 and not (fuse or model.residual) and model.cos.device.type == "cpu"
+    left = 0  # bytes that the context still takes
+    while True:
+        if not left:
+            cache, left, step = {}, model.context, None
+            new = ids if ids.shape[1] <= model.context else ids[:, -model.context // 2 :]
+        if step:
+            logits = step(new.item())[None]
+        else:
+            logits, states = model(new, cache, ask(model.ngram, ids, new.shape[1]) if model.residual else None)
+            logits = logits[:, -1].cpu()  # (B, 256)
+            step = quick(model, cache) if alone else None
+        left -= new.shape[1]
+        if fuse:
+            logits = fuse(F.softmax(logits, -1), states, ids).clamp(min=1e-30).log()
+        byte = choose(logits, temperature, top_p, generator)  # (B,)
+        t = ids.shape[1] - 1
+        for b, prompt in enumerate(prompts) if t < longest else ():
+            if t < len(prompt):
+                byte[b] = prompt[t]
+        new = byte[:, None]
+        ids = torch.cat((ids, new), 1)
+        yield byte.tolist()
 
 
 def choose(logits, temperature=1.0, top_p=1.0, generator=None):
@@ -369,7 +329,7 @@ def stories(model, prompts, length=1000, temperature=0.45, top_p=1.0, seed=1, fu
     temperature: 0.45 as blind readers liked these stories better than those at 0.6, those better than at 0.8, those better than at 1.
     """
     told, going = [bytearray(prompt[: min(map(len, prompts))]) for prompt in prompts], [True] * len(prompts)
-    for step in model.generate(prompts, temperature, top_p, torch.Generator().manual_seed(seed), fuse):
+    for step in generate(model, prompts, temperature, top_p, torch.Generator().manual_seed(seed), fuse):
         for b, byte in enumerate(step):
             going[b] = going[b] and byte != END and len(told[b]) < length
             if going[b]:
@@ -378,7 +338,54 @@ def stories(model, prompts, length=1000, temperature=0.45, top_p=1.0, seed=1, fu
             return [bytes(story) for story in told]
 
 
-# ---- 2. The optimizer ----------------------------------------------------------------------------------------------------------------
+def quick(model, cache):
+    """Go on with the one story in a cache, on a CPU. -> a function: its next byte, an integer -> logits (256,)
+
+    It is GPT.forward once more, in NumPy, for the sake of speed alone. PyTorch takes some four microseconds to call anything, and one byte
+    needs a hundred small calls, so that nearly all the time went into calling; NumPy takes one, plain integers for the contexts even less.
+    """
+    weight = {name: p.numpy() for name, p in model.state_dict().items()}
+    H, shift, P = model.config["heads"], 64 - model.memory.bits, cache["ids"].shape[1]
+    S, gap, end, mark = (array.tolist() for array in prefixes(cache["ids"].to(torch.uint8).numpy()))
+    del gap[-1], end[-1], mark[-1]
+    D = len(model.cos[0]) * 2
+    cos, sin, other = torch.cat((model.cos, model.cos), 1).numpy(), torch.cat((model.sin, -model.sin), 1).numpy(), np.roll(np.arange(D), D // 2)
+    centred = lambda w: w - w.mean(-2, keepdims=True)  # a norm takes the mean off what it gets: done once here, no norm below need do it
+    blocks = []
+    for i, block in enumerate(model.blocks):
+        to_qkv, out, up, down = (weight[f"blocks.{i}.{name}.weight"] for name in ("qkv", "out", "up", "down"))
+        to_qk, to_v = np.split(to_qkv.reshape(3 * H, D, -1), [2 * H])
+        to_qkv = np.concatenate((centred(to_qk), to_v)).reshape(to_qkv.shape)
+        blocks.append((block.plain, block.scale, *cache["layers"][i][:, 0].numpy(), to_qkv, centred(out), up, centred(down)))
+    norm = lambda x: x / math.sqrt(x @ x / len(x) + 1e-5)
+
+    def forward(byte):
+        nonlocal P
+        now, letter = len(gap), LETTER[byte]
+        S.append(S[now] + (byte + 1) * POWERS[now])
+        gap.append(gap[-1] if letter else now), end.append(now if letter else end[-1]), mark.append(0 if letter else byte)
+        rows = [hash % WRAP >> shift for hash in contexts_at(now, S, INVERSES, gap, end, mark)]
+        x = weight["byte.weight"][byte] + np.add.reduce(weight["memory.table"][rows], 0)  # (C,)
+        x = norm(x - np.add.reduce(x) / len(x))
+        for plain, scale, K, V, to_qkv, out, up, down in blocks:
+            qkv = (to_qkv @ norm(x)).reshape(3 * H, D)
+            qk, v = qkv[: 2 * H], qkv[2 * H :]
+            qk = qk / np.sqrt(np.add.reduce(qk * qk, 1, keepdims=True) / D + 1e-5)
+            qk = qk * cos[P] + qk[:, other] * sin[P]
+            q, k = qk[:H], qk[H:]
+            K[:plain, P], K[plain:, P + 1], V[:, P] = k[:plain], k[plain:], v
+            share = np.exp((K[:, : P + 1] @ q[:, :, None])[:, :, 0] * scale)  # (H, P + 1); normed vectors: no overflow
+            y = (share[:, None] @ V[:, : P + 1])[:, 0] / np.add.reduce(share, 1, keepdims=True)
+            x = x + out @ y.ravel()
+            h = np.maximum(up @ norm(x), 0)
+            x = x + down @ (h * h)
+        P += 1
+        return torch.from_numpy(weight["head.weight"] @ norm(x))
+
+    return forward
+
+
+# ---- 3. The optimizer ----------------------------------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal (Jordan et al. 2024): every direction of a weight matrix moves by the same amount, not only
@@ -418,7 +425,7 @@ def orthogonalize(x):
     return wide if x.shape[1] <= x.shape[2] else wide.mT
 
 
-# ---- 3. What is trained on, and how it is judged -------------------------------------------------------------------------------------
+# ---- 4. What is trained on, and how it is judged -------------------------------------------------------------------------------------
 
 class Batches:
     """Random windows of the text, and what the teacher says about them. Made one ahead by a thread, while the net computes.
@@ -496,7 +503,77 @@ def evaluate(model, text, every=1):
     return nats / count / math.log(2)
 
 
-# ---- 4. Showing what happens ---------------------------------------------------------------------------------------------------------
+# ---- 5. A step, and when it is the last ----------------------------------------------------------------------------------------------
+
+MEMORY_RATE = 0.05  # 0.2 -> 1.159, 0.1 -> 1.158, 0.05 -> 1.155 bpb after 60 s
+DISTILL_WEIGHT = 0.6
+PAUSE = 30.0  # a step that takes longer, and ten times as long as any before, was slept through
+
+
+def optimizers(model):
+    """Muon for the matrices inside, AdamW for what leads in and out. (The memory has its own, Memory.step.)"""
+    found = [
+        Muon(model.blocks.parameters(), lr=0.02),
+        torch.optim.AdamW([p for name, p in model.named_parameters() if "blocks" not in name], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0,
+                          fused=True),
+    ]
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return found
+
+
+def learning_rate(progress):
+    """Full speed for half the budget, then down to 0 in a straight line; 0 <= progress <= 1 -> factor for every optimizer's rate."""
+    return min(1.0, 2 * (1 - progress))
+
+
+def learn(net, opts, window, teacher, factor):
+    """One step on window (B, T + 1) with what the teacher says of its bytes, (B, T, 256) or None; factor: of all rates.
+
+    net: a GPT, or one in DistributedDataParallel. -> loss, nats per byte; None if a gradient is no number: then nothing is changed
+    """
+    model = getattr(net, "module", net)
+    logits, _ = net(window[:, :-1], ngram=teacher)  # (B, T, 256)
+    logits, target = logits.flatten(0, 1), window[:, 1:].flatten().to(logits.device)  # (B * T, 256), (B * T,)
+    if teacher is None or model.residual:
+        loss = F.cross_entropy(logits, target)
+    else:
+        loss = distillation_loss(logits, target, teacher.flatten(0, 1).to(logits.device), DISTILL_WEIGHT)
+    loss.backward()
+    finite = torch.stack([p.grad.sum() for p in model.parameters()]).isfinite().all()
+    for optimizer in opts:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if finite:
+        model.memory.step(MEMORY_RATE * factor)
+    return loss.detach() if finite else None
+
+
+class Clock:
+    """Seconds of the budget that are gone. A laptop that slept, or a process that was stopped, has not trained: such a gap does not count."""
+
+    def __init__(self, start):
+        self.start, self.seen, self.longest = start, None, 0.0
+
+    def __call__(self):
+        return time.monotonic() - self.start
+
+    def tick(self):
+        """Call it once a step. -> the seconds that were slept through, usually 0"""
+        now = time.monotonic()
+        gap, self.seen = now - (self.seen or now), now
+        if gap > max(PAUSE, 10 * self.longest):
+            self.start += gap
+            return gap
+        self.longest = max(self.longest, gap)
+        return 0.0
+
+
+# ---- 6. Showing what happens ---------------------------------------------------------------------------------------------------------
 
 def scales(curve, level):
     """The highest and lowest bpb, the last second, and how far down a bpb is drawn, from 0 (top) to 1; logarithmic, as the fall is steep."""
@@ -537,7 +614,7 @@ def svg(curve, level):
             f'<rect width="600" height="300" fill="white"/>\n{body}\n</svg>\n')
 
 
-# ---- 5. The checkpoint ---------------------------------------------------------------------------------------------------------------
+# ---- 7. The checkpoint ---------------------------------------------------------------------------------------------------------------
 
 VERSION = 1  # of the file
 
@@ -590,17 +667,7 @@ def set_aside(out):
     print(f"NOTICE: {out} held a run; it is now in {out.rstrip(os.sep)}.{n}", file=sys.stderr)
 
 
-# ---- 6. Training against the clock ---------------------------------------------------------------------------------------------------
-
-SHOW = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # at these parts of the training: evaluate, and continue PROMPT
-PROMPT = b"Once upon a time, there was a little"
-JUDGED = 300_000  # bytes of the validation text that the closing figures are about
-DISTILL_WEIGHT = 0.6
-SAVE_EVERY = 60.0  # seconds after which the state of the training is saved
-PAUSE = 30.0  # a step that takes longer, and ten times as long as any before, was slept through
-PATIENCE = 10  # steps in a row with gradients that are no numbers, after which training stops
-MEMORY_RATE = 0.05  # 0.2 -> 1.159, 0.1 -> 1.158, 0.05 -> 1.155 bpb after 60 s
-
+# ---- 8. The machine ------------------------------------------------------------------------------------------------------------------
 
 def prepare_cpu():
     """Two things that cost nothing. Numbers below 10^-38 become 0: most processors take a hundred times as long for them (44 -> 35 ms a step).
@@ -642,49 +709,6 @@ def right(device):
     return abs(here - there) < 0.01 * here
 
 
-def optimizers(model):
-    """Muon for the matrices inside, AdamW for what leads in and out. (The memory has its own, Memory.step.)"""
-    found = [
-        Muon(model.blocks.parameters(), lr=0.02),
-        torch.optim.AdamW([p for name, p in model.named_parameters() if "blocks" not in name], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0,
-                          fused=True),
-    ]
-    for optimizer in found:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return found
-
-
-def learning_rate(progress):
-    """Full speed for half the budget, then down to 0 in a straight line; 0 <= progress <= 1 -> factor for every optimizer's rate."""
-    return min(1.0, 2 * (1 - progress))
-
-
-def learn(net, opts, window, teacher, factor):
-    """One step on window (B, T + 1) with what the teacher says of its bytes, (B, T, 256) or None; factor: of all rates.
-
-    net: a GPT, or one in DistributedDataParallel. -> loss, nats per byte; None if a gradient is no number: then nothing is changed
-    """
-    model = getattr(net, "module", net)
-    logits, _ = net(window[:, :-1], ngram=teacher)  # (B, T, 256)
-    logits, target = logits.flatten(0, 1), window[:, 1:].flatten().to(logits.device)  # (B * T, 256), (B * T,)
-    if teacher is None or model.residual:
-        loss = F.cross_entropy(logits, target)
-    else:
-        loss = distillation_loss(logits, target, teacher.flatten(0, 1).to(logits.device), DISTILL_WEIGHT)
-    loss.backward()
-    finite = torch.stack([p.grad.sum() for p in model.parameters()]).isfinite().all()
-    for optimizer in opts:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    if finite:
-        model.memory.step(MEMORY_RATE * factor)
-    return loss.detach() if finite else None
-
-
 # How large a net? `small` is what all the figures are about. The larger ones, and from how many steps on they are worth it, are estimates.
 SIZES = {
     "small": dict(layers=1, heads=2, width=64, context=512, batch=8),
@@ -723,26 +747,6 @@ def pick_size(args, text, device, seconds):
     return sized(args, chosen), f"size {chosen}; steps that fit the time: {', '.join(told)}; more than small needs {ENOUGH:,}"
 
 
-class Clock:
-    """Seconds of the budget that are gone. A laptop that slept, or a process that was stopped, has not trained: such a gap does not count."""
-
-    def __init__(self, start):
-        self.start, self.seen, self.longest = start, None, 0.0
-
-    def __call__(self):
-        return time.monotonic() - self.start
-
-    def tick(self):
-        """Call it once a step. -> the seconds that were slept through, usually 0"""
-        now = time.monotonic()
-        gap, self.seen = now - (self.seen or now), now
-        if gap > max(PAUSE, 10 * self.longest):
-            self.start += gap
-            return gap
-        self.longest = max(self.longest, gap)
-        return 0.0
-
-
 def processes():
     """Join the processes that torchrun started, if it did. -> this one's rank, how many there are"""
     if "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
@@ -761,132 +765,13 @@ def agreed(progress, stop):
     return said[0].item(), bool(said[1])
 
 
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="python tiny.py [options]",
-        description="Train a byte-level language model on stories against the clock, watch it learn, read a story.",
-        epilog="example: python tiny.py --minutes 5 --data stories.txt --out run1",
-    )
-    parser.add_argument("--minutes", type=float, default=5, metavar="M", help="the budget; all but the download counts (default: %(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="train for so many steps instead, exactly repeatable")
-    parser.add_argument("--distill", type=float, default=0.0, metavar="PART", help="of the budget in which the n-gram teaches, 0 to 1 (default: %(default)g)")
-    parser.add_argument("--residual", action="store_true", help="learn what the n-gram does not know; it stays inside")
-    parser.add_argument("--order", type=int, default=12, metavar="N", help="of the n-gram; 0: do not count one (default: %(default)s)")
-    parser.add_argument("--size", choices=("auto", *SIZES), default="auto", metavar="SIZE",
-                        help=f"of the net: {', '.join(SIZES)}, or auto: by timing (default: %(default)s)")
-    for name, what in (("layers", "blocks"), ("heads", "attention heads"), ("width", "numbers per position"), ("context", "bytes in a window"),
-                       ("batch", "windows in a step")):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: as --size)")
-    parser.add_argument("--rate", type=float, default=1.0, metavar="R", help="of learning, times what is usual (default: %(default)g)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="instead N whole runs, seeds 1 to N, and how far they lie apart")
-    parser.add_argument("--sweep", type=int, metavar="N", help="instead N runs of settings drawn at random, in sweep.tsv")
-    parser.add_argument("--resume", metavar="DIR", help="go on with an interrupted run, with its options")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the closing figures")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", metavar="NAME", help="auto, cpu, cuda, mps (default: %(default)s)")
-    parser.add_argument("--out", default="out", metavar="DIR", help="where the model goes (default: %(default)s)")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.resume:  # the run's own options; what is given beside must agree with them
-        run = load_checkpoint(args.resume)[1]["recipe"]
-        parser.set_defaults(**dict.fromkeys(vars(args)))
-        for name, value in vars(parser.parse_args(argv)).items():
-            if name not in ("resume", "quiet", "out") and value not in (None, run[name]):
-                raise Problem(f"--{name} {value} differs from the run in {args.resume}, which has {run[name]}; leave it out")
-        return argparse.Namespace(**run | {"resume": args.resume, "out": args.resume, "quiet": args.quiet})
-    if not 0 < args.minutes < math.inf:
-        raise Problem(f"--minutes {args.minutes:g}: give a number above 0, such as 5")
-    if args.steps is not None and args.steps < 1:
-        raise Problem(f"--steps {args.steps}: give at least 1")
-    if not 0 <= args.distill <= 1:
-        raise Problem(f"--distill {args.distill:g}: give a part of the budget, from 0 (no teacher) to 1")
-    if not 0 <= args.order <= 255:
-        raise Problem(f"--order {args.order}: give 0 (no n-gram) to 255; 12 is usual")
-    if args.order == 0 and args.distill > 0:
-        raise Problem("--order 0 leaves no teacher: leave out --distill")
-    if args.residual and (args.order == 0 or args.distill > 0):
-        raise Problem("--residual has the n-gram inside: leave out --order 0 and --distill")
-    if not 0 < args.rate < math.inf:
-        raise Problem(f"--rate {args.rate:g}: give a number above 0; 1 is usual")
-    for name in ("layers", "heads", "width", "batch", "seeds", "sweep"):
-        if (given := getattr(args, name)) is not None and given < 1:
-            raise Problem(f"--{name} {given}: give at least 1")
-    if args.context is not None and (not 16 <= args.context <= 4096 or args.context % 2):
-        raise Problem(f"--context {args.context}: give an even number from 16 to 4096")
-    for name in [args.size] if args.size in SIZES else SIZES:
-        setting = sized(args, name)
-        if setting["width"] % (2 * setting["heads"]):
-            raise Problem(f"--width {setting['width']}: give a multiple of 2 x --heads, {2 * setting['heads']}")
-    return args
+# ---- 9. One run ----------------------------------------------------------------------------------------------------------------------
 
-
-# ---- 7. Many runs --------------------------------------------------------------------------------------------------------------------
-
-DRAWN = dict(width=(32, 48, 64, 96, 128), layers=(1, 1, 2, 3), heads=(1, 1, 2), context=(128, 256, 512, 1024), batch=(2, 4, 8, 16),
-             rate=(0.5, 1.0, 2.0), seed=(1, 2, 3))
-
-
-def settings(count, seed=0):
-    """`count` settings drawn at random (random search finds good settings sooner than a grid: Bergstra & Bengio 2012). -> list of dicts"""
-    draw = np.random.default_rng(seed)
-    return [{name: values[draw.integers(len(values))] for name, values in DRAWN.items()} for _ in range(count)]
-
-
-def several(args, argv):
-    """--seeds and --sweep: whole runs, one after the other, each a process of its own as if it were started by hand; a line each in a .tsv
-    file as they end. A line that is there already is not run again, so that an interrupted sweep goes on, and a longer one adds to it."""
-    known = argparse.ArgumentParser(allow_abbrev=False)
-    known.add_argument("--seeds"), known.add_argument("--sweep")
-    options = known.parse_known_args(argv)[1]
-    wanted = settings(args.sweep) if args.sweep else [dict(seed=seed) for seed in range(1, args.seeds + 1)]
-    path, columns = "sweep.tsv" if args.sweep else f"{args.out}-seeds.tsv", ["val_bpb", "steps", "seconds", *wanted[0], "options"]
-    row_of, lines = lambda facts: "\t".join(str(facts[name]) for name in columns), ["\t".join(columns)]
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-        if lines[:1] != ["\t".join(columns)]:
-            raise Problem(f"{path} is no table of such runs; move it away")
-    done = {tuple(line.split("\t")[3:]): line for line in lines[1:]}
-    table = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for setting in tqdm(wanted, "runs", file=sys.stderr, disable=not sys.stderr.isatty()):
-            key = (*map(str, setting.values()), " ".join(options))
-            if key not in done:
-                out = scratch if args.sweep else f"{args.out}-seed{setting['seed']}"
-                command = [sys.executable, __file__, *options, *(f"--{name}={value}" for name, value in setting.items()), "--out", out]
-                result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
-                if result.returncode:
-                    raise Problem(f"the run with {setting} failed: {result.stderr.strip().splitlines()[-1]}")
-                facts = dict(re.findall(r"^(\w+): (\S+)$", result.stdout, re.MULTILINE)) | setting | {"options": " ".join(options)}
-                done[key] = row_of(facts)
-                lines.append(done[key])
-                save(path, ("\n".join(lines) + "\n").encode())
-                tqdm.write(done[key])
-            table.append(done[key].split("\t"))
-    bpb = np.array([float(row[0]) for row in table])
-    print("\t".join(columns[:-1]))
-    for i in bpb.argsort():
-        print("\t".join(table[i][:-1]))
-    print(f"\n{len(bpb)} runs: {bpb.mean():.4f} ± {bpb.std(ddof=min(1, len(bpb) - 1)):.4f} bits per byte, best {bpb.min():.4f}, worst {bpb.max():.4f}")
-    for i, name in enumerate(columns[3:-1], 3):  # what each value did, whatever else was drawn with it
-        values = sorted({row[i] for row in table}, key=float)
-        print(f"{name}: " + ", ".join(f"{value} {np.median(bpb[[row[i] == value for row in table]]):.3f}" for value in values))
-
-
-# ---- 8. One run ----------------------------------------------------------------------------------------------------------------------
-
-def main(argv=None):
-    args = parse_arguments(argv)
-    try:
-        several(args, sys.argv[1:] if argv is None else argv) if args.seeds or args.sweep else train(args)
-    except RuntimeError as error:
-        if not dist.is_initialized():
-            raise
-        raise Problem(f"another process has ended, so this one stops ({str(error).splitlines()[0]}); the state last saved is in {args.out}: "
-                      f"run the same command with --resume {args.out}") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+SHOW = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # at these parts of the training: evaluate, and continue PROMPT
+PROMPT = b"Once upon a time, there was a little"
+JUDGED = 300_000  # bytes of the validation text that the closing figures are about
+SAVE_EVERY = 60.0  # seconds after which the state of the training is saved
+PATIENCE = 10  # steps in a row with gradients that are no numbers, after which training stops
 
 
 def train(args):
@@ -1040,6 +925,132 @@ def train(args):
     for key, value in told.items():
         print(f"{key}: {'none' if value is None else value}")
     say(f"\n{story}\n\nmore: python sample.py --out {args.out}")
+
+
+# ---- 10. The command, and many runs --------------------------------------------------------------------------------------------------
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        usage="python tiny.py [options]",
+        description="Train a byte-level language model on stories against the clock, watch it learn, read a story.",
+        epilog="example: python tiny.py --minutes 5 --data stories.txt --out run1",
+    )
+    parser.add_argument("--minutes", type=float, default=5, metavar="M", help="the budget; all but the download counts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, metavar="N", help="train for so many steps instead, exactly repeatable")
+    parser.add_argument("--distill", type=float, default=0.0, metavar="PART", help="of the budget in which the n-gram teaches, 0 to 1 (default: %(default)g)")
+    parser.add_argument("--residual", action="store_true", help="learn what the n-gram does not know; it stays inside")
+    parser.add_argument("--order", type=int, default=12, metavar="N", help="of the n-gram; 0: do not count one (default: %(default)s)")
+    parser.add_argument("--size", choices=("auto", *SIZES), default="auto", metavar="SIZE",
+                        help=f"of the net: {', '.join(SIZES)}, or auto: by timing (default: %(default)s)")
+    for name, what in (("layers", "blocks"), ("heads", "attention heads"), ("width", "numbers per position"), ("context", "bytes in a window"),
+                       ("batch", "windows in a step")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: as --size)")
+    parser.add_argument("--rate", type=float, default=1.0, metavar="R", help="of learning, times what is usual (default: %(default)g)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="instead N whole runs, seeds 1 to N, and how far they lie apart")
+    parser.add_argument("--sweep", type=int, metavar="N", help="instead N runs of settings drawn at random, in sweep.tsv")
+    parser.add_argument("--resume", metavar="DIR", help="go on with an interrupted run, with its options")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the closing figures")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", metavar="NAME", help="auto, cpu, cuda, mps (default: %(default)s)")
+    parser.add_argument("--out", default="out", metavar="DIR", help="where the model goes (default: %(default)s)")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.resume:  # the run's own options; what is given beside must agree with them
+        run = load_checkpoint(args.resume)[1]["recipe"]
+        parser.set_defaults(**dict.fromkeys(vars(args)))
+        for name, value in vars(parser.parse_args(argv)).items():
+            if name not in ("resume", "quiet", "out") and value not in (None, run[name]):
+                raise Problem(f"--{name} {value} differs from the run in {args.resume}, which has {run[name]}; leave it out")
+        return argparse.Namespace(**run | {"resume": args.resume, "out": args.resume, "quiet": args.quiet})
+    if not 0 < args.minutes < math.inf:
+        raise Problem(f"--minutes {args.minutes:g}: give a number above 0, such as 5")
+    if args.steps is not None and args.steps < 1:
+        raise Problem(f"--steps {args.steps}: give at least 1")
+    if not 0 <= args.distill <= 1:
+        raise Problem(f"--distill {args.distill:g}: give a part of the budget, from 0 (no teacher) to 1")
+    if not 0 <= args.order <= 255:
+        raise Problem(f"--order {args.order}: give 0 (no n-gram) to 255; 12 is usual")
+    if args.order == 0 and args.distill > 0:
+        raise Problem("--order 0 leaves no teacher: leave out --distill")
+    if args.residual and (args.order == 0 or args.distill > 0):
+        raise Problem("--residual has the n-gram inside: leave out --order 0 and --distill")
+    if not 0 < args.rate < math.inf:
+        raise Problem(f"--rate {args.rate:g}: give a number above 0; 1 is usual")
+    for name in ("layers", "heads", "width", "batch", "seeds", "sweep"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            raise Problem(f"--{name} {given}: give at least 1")
+    if args.context is not None and (not 16 <= args.context <= 4096 or args.context % 2):
+        raise Problem(f"--context {args.context}: give an even number from 16 to 4096")
+    for name in [args.size] if args.size in SIZES else SIZES:
+        setting = sized(args, name)
+        if setting["width"] % (2 * setting["heads"]):
+            raise Problem(f"--width {setting['width']}: give a multiple of 2 x --heads, {2 * setting['heads']}")
+    return args
+
+
+DRAWN = dict(width=(32, 48, 64, 96, 128), layers=(1, 1, 2, 3), heads=(1, 1, 2), context=(128, 256, 512, 1024), batch=(2, 4, 8, 16),
+             rate=(0.5, 1.0, 2.0), seed=(1, 2, 3))
+
+
+def settings(count, seed=0):
+    """`count` settings drawn at random (random search finds good settings sooner than a grid: Bergstra & Bengio 2012). -> list of dicts"""
+    draw = np.random.default_rng(seed)
+    return [{name: values[draw.integers(len(values))] for name, values in DRAWN.items()} for _ in range(count)]
+
+
+def several(args, argv):
+    """--seeds and --sweep: whole runs, one after the other, each a process of its own as if it were started by hand; a line each in a .tsv
+    file as they end. A line that is there already is not run again, so that an interrupted sweep goes on, and a longer one adds to it."""
+    known = argparse.ArgumentParser(allow_abbrev=False)
+    known.add_argument("--seeds"), known.add_argument("--sweep")
+    options = known.parse_known_args(argv)[1]
+    wanted = settings(args.sweep) if args.sweep else [dict(seed=seed) for seed in range(1, args.seeds + 1)]
+    path, columns = "sweep.tsv" if args.sweep else f"{args.out}-seeds.tsv", ["val_bpb", "steps", "seconds", *wanted[0], "options"]
+    row_of, lines = lambda facts: "\t".join(str(facts[name]) for name in columns), ["\t".join(columns)]
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+        if lines[:1] != ["\t".join(columns)]:
+            raise Problem(f"{path} is no table of such runs; move it away")
+    done = {tuple(line.split("\t")[3:]): line for line in lines[1:]}
+    table = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for setting in tqdm(wanted, "runs", file=sys.stderr, disable=not sys.stderr.isatty()):
+            key = (*map(str, setting.values()), " ".join(options))
+            if key not in done:
+                out = scratch if args.sweep else f"{args.out}-seed{setting['seed']}"
+                command = [sys.executable, __file__, *options, *(f"--{name}={value}" for name, value in setting.items()), "--out", out]
+                result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+                if result.returncode:
+                    raise Problem(f"the run with {setting} failed: {result.stderr.strip().splitlines()[-1]}")
+                facts = dict(re.findall(r"^(\w+): (\S+)$", result.stdout, re.MULTILINE)) | setting | {"options": " ".join(options)}
+                done[key] = row_of(facts)
+                lines.append(done[key])
+                save(path, ("\n".join(lines) + "\n").encode())
+                tqdm.write(done[key])
+            table.append(done[key].split("\t"))
+    bpb = np.array([float(row[0]) for row in table])
+    print("\t".join(columns[:-1]))
+    for i in bpb.argsort():
+        print("\t".join(table[i][:-1]))
+    print(f"\n{len(bpb)} runs: {bpb.mean():.4f} ± {bpb.std(ddof=min(1, len(bpb) - 1)):.4f} bits per byte, best {bpb.min():.4f}, worst {bpb.max():.4f}")
+    for i, name in enumerate(columns[3:-1], 3):  # what each value did, whatever else was drawn with it
+        values = sorted({row[i] for row in table}, key=float)
+        print(f"{name}: " + ", ".join(f"{value} {np.median(bpb[[row[i] == value for row in table]]):.3f}" for value in values))
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    try:
+        several(args, sys.argv[1:] if argv is None else argv) if args.seeds or args.sweep else train(args)
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        raise Problem(f"another process has ended, so this one stops ({str(error).splitlines()[0]}); the state last saved is in {args.out}: "
+                      f"run the same command with --resume {args.out}") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
