@@ -1282,3 +1282,11 @@ def test_each_piece_works_alone(tmp_path, packages, takes, code):
     assert len(FENCE.findall(README)) == 7
     result = script("piece.py", cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
+
+
+def test_links_lead_to_the_line_they_name():
+    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    for name, file, line in links:
+        lines = open(os.path.join(HERE, file), encoding="utf-8").read().splitlines()
+        assert name in lines[int(line) - 1], f"{name} is in line {[n for n, x in enumerate(lines, 1) if name in x]} of {file}, not in {line}"
+    assert len(links) > 10
