@@ -202,7 +202,7 @@ def download(url, path, want, tries=4):
                     with answer:
                         if file.tell() >= want:
                             break
-                        while chunk := answer.read(min(1 << 16, want - file.tell()) or 1):
+                        while chunk := answer.read(min(1 << 16, want - file.tell()) or 1):  # the last read, of 1, finds the end
                             file.write(chunk)
                             bar.update(len(chunk))
                     if file.tell() < want:

@@ -72,7 +72,7 @@ def discounts(count, smoothing):
     return np.array([0] + [min(max(d, 0.01), c) for c, d in zip((1, 2, 3), found)], np.float32)
 
 
-# And Kneser-Ney's question (1995). A shorter context is asked only where the longer one did not know. "Francisco" is frequent, so after an
+# And Kneser-Ney's question (1995). A shorter context matters most where the longer one knows little. "Francisco" is frequent, so after an
 # unknown "my " a plain count offers it; but it was only ever met after "San ". What counts below the top order is therefore not how often
 # w followed h, but after how many *different* bytes "h w" was met, its continuation count:
 #
@@ -103,6 +103,7 @@ def byte_before(data, positions, t):
 
 def context_hashes(data, positions, longest):
     """Yield for t = 1..longest the hash of the t bytes before each position (N,) uint64, and whether byte t was still in the story (N,) bool.
+    They are the same two arrays each time, changed in place: copy what is to be kept.
 
     Beyond the END that a story starts with there is padding that adds nothing: a story's first bytes are predicted from the beginnings of
     all other stories (the "<s>" of the literature), never from the last words of the story that happens to stand before it.
@@ -141,7 +142,7 @@ class Counts:
         byte    (n-grams,)    uint8    the follower
         count   (n-grams,)    uint8 to uint32, as the largest needs: its count
 
-    Hashes are spread evenly, so the top bits alone lead to within a place or two of the right context: no binary search, no collisions
+    Hashes are spread evenly, so the top bits alone lead to within a place or two (at worst about eight) of the right context: no binary search, no collisions
     to chain. A wrong context passes for the right one once in 2^32 look-ups.
     """
     __slots__ = "bits", "bucket", "tag", "start", "byte", "count"
@@ -169,7 +170,7 @@ class Counts:
         at, end = self.bucket[top].astype(np.int64), self.bucket[top + 1]
         found = np.full(len(h), -1)
         left = np.flatnonzero(at < end)
-        while len(left):  # as often as the fullest bucket has contexts, about eight times, for ever fewer positions
+        while len(left):  # as often as the fullest bucket has contexts, for ever fewer positions
             hit = self.tag[at[left]] == tag[left]
             found[left[hit]] = at[left[hit]]
             left = left[~hit]
@@ -199,7 +200,8 @@ def distinct(keys):
 def learn_weights(p, kind, rounds=30):
     """How far to trust each of several models, by expectation maximisation (Dempster, Laird & Rubin 1977; for n-grams Jelinek & Mercer 1980).
 
-    The last model is asked first: with its weight the byte comes from it, else from the one before, and so on; from model 0 without fail.
+    The last model is asked first: with its weight the byte comes from it, else from the one before, and so on; what is left is model 0's:
+    p = w_M p_M + (1 - w_M) (w_{M-1} p_{M-1} + (1 - w_{M-1}) (... p_0)).
     p (N, M + 1): the probability that each model gave to the byte that came. kind (N, M + 1) integers: in which state each model was; each
     state has a weight of its own, and state 0 means "nothing to say", weight 0. -> weight (M + 1, states)
 
@@ -306,7 +308,7 @@ class NGram:
             if n == min(DENSE, self.order):
                 pairs = position
             if n > 1:
-                if self.continuation:
+                if self.continuation:  # for the next order; this one's key still holds all events, and is counted below
                     kept = distinct(key)
                     h, position, depth = h[kept], position[kept], depth[kept]
                 # The next order's contexts are one byte shorter.
@@ -403,13 +405,14 @@ class NGram:
         """probs with the first `order` orders: down the orders, carrying how much probability is still to be given out.
 
         Leaving one out: a text that was counted holds every n-gram it is asked about, so the model would recite it. At the top order the
-        position's own n-gram is therefore counted one time less. If that was its only time, the n-gram would not exist, so the order
-        below would have met its end after one byte less: take one there too, and so on down. (Plain counts lose one at every order.)
+        position's own n-gram is therefore counted one time less. If that was its only time, the n-gram would not exist, and its end would have
+        been met after one different byte fewer: the order below loses one too, and so on down. (Plain counts lose one at every order.)
         Totals and what is handed down follow from the lowered counts, so the answer is that of a recount, with the same discounts.
         """
         N = len(positions)
         hashes = [np.zeros(N, np.uint64)] + [h.copy() for h, _ in context_hashes(data, positions, order - 1)]
         lowest = min(DENSE, order)
+        # First find, for each order, the rows that it knows the context of: an unknown context stays unknown when it grows.
         found = {}  # n -> (rows whose context of n-1 bytes was counted, its index); the longer context is only known if the shorter is
         row = np.arange(N)
         for n in range(lowest + 1, order + 1):
@@ -417,6 +420,7 @@ class NGram:
             row, context = row[context >= 0], context[context >= 0]
             found[n] = row, context
 
+        # Then from the top order down: fetch the counts, take the own one away, discount, and hand down what the discounts took.
         gold = data[positions].astype(np.int16) if leave_one_out else None
         lowered = np.full(N, leave_one_out)  # rows whose own n-gram must still be taken away at this order
         weight = np.ones(N, np.float32)  # the probability that the higher orders handed down
@@ -526,7 +530,7 @@ class NGram:
 
 # ---- 6. To see it work ---------------------------------------------------------------------------------------------------------------
 
-# The original research swept 19 n-grams. These are chosen so that one sees each smoothing at a short, a middle and a long order.
+# The research that this project rebuilds (README) swept 19 n-grams. These are chosen so that one sees each smoothing at a short, a middle and a long order.
 SWEEP = [("maximum-likelihood", 2), ("maximum-likelihood", 4), ("add-k", 2), ("add-k", 4)] + [
     (smoothing, order) for smoothing in SMOOTHINGS[2:6] for order in (3, 6, 12)] + [("modified-kneser-ney", n) for n in (2, 3, 4, 6, 8, 12, 16)]
 
@@ -536,9 +540,11 @@ def measure(text, smoothing, order):
     began = time.perf_counter()
     model = NGram(order, smoothing).fit(text.train)
     seconds = time.perf_counter() - began
-    n, memory = model.size(), model.nbytes()
-    return dict(bpb=model.bits_per_byte(text.valid), adaptive=model.bits_per_byte(text.valid, adaptive=True), seconds=seconds, rate=len(text.train) / 1e6 / seconds, ngrams=n / 1e6, MB=memory / 1e6,
-                each=memory / n, order=order, smoothing=smoothing), model
+    n, memory, began = model.size(), model.nbytes(), time.perf_counter()
+    bpb = model.bits_per_byte(text.valid)
+    speed = len(text.valid) / (time.perf_counter() - began)
+    return dict(bpb=bpb, adaptive=model.bits_per_byte(text.valid, adaptive=True), seconds=seconds, rate=len(text.train) / 1e6 / seconds, speed=speed,
+                ngrams=n / 1e6, MB=memory / 1e6, each=memory / n, order=order, smoothing=smoothing), model
 
 
 HEAD = "   bpb  adaptive  seconds   MB/s  million n-grams     MB  bytes each  order  smoothing"
@@ -604,15 +610,12 @@ def main():
                 row, model = measure(text, args.smoothing, order)
                 print(line(row), flush=True)
             some = np.linspace(0, len(text.train) - 1, 100_000).astype(np.int64)
-            began = time.perf_counter()
-            model.bits_per_byte(text.valid)
-            speed = len(text.valid) / (time.perf_counter() - began)
             print(f"\norder {model.order}, bits per byte:\n"
                   f"{model.bits_per_byte(text.train, some):.4f} on the text it counted, reciting\n"
                   f"{model.bits_per_byte(text.train, some, leave_one_out=True):.4f} on the same, each occurrence left out\n"
                   f"{row['bpb']:.4f} on text it has not seen\n"
                   f"{row['adaptive']:.4f} on text it has not seen, listening to the story so far\n"
-                  f"{speed:,.0f} distributions per second; peak memory {peak_memory() / 1e6:,.0f} MB")
+                  f"{row['speed']:,.0f} distributions per second; peak memory {peak_memory() / 1e6:,.0f} MB")
     if args.save:
         began = time.perf_counter()
         try:

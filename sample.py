@@ -591,10 +591,12 @@ def judge(library, specs, args):
         first, second = (b, a) if swapped else (a, b)
         if args.judge_url:  # in both orders, and it counts only if the answers agree: such judges prefer what they read first
             one, two = (answers.ask(name, *pair, lambda: ask(*pair)) for pair in ((first, second), (second, first)))
-            answer = one if {one, two} in ({"1", "2"}, {"="}) else "disagree"
+            agree = {one, two} in ({"1", "2"}, {"="})  # the second time the sides were exchanged: who prefers one story says 1 and 2
+            answer = one if agree else "disagree"
         else:
             answer = answers.ask("person", first, second, lambda: leave_at_q(person(first, second), score, specs))
-        score[answer if answer not in ("1", "2") else specs[(answer == "2") != swapped]] += 1
+        winner = specs[(answer == "2") != swapped] if answer in ("1", "2") else answer
+        score[winner] += 1
     tell_score(score, specs)
 
 

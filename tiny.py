@@ -57,10 +57,14 @@ def rotate(x, cos, sin):
 class Block(nn.Module):
     """One layer: every byte looks at the bytes before it (attention), then thinks about what it saw (MLP). Vaswani et al. 2017, pre-norm.
 
-    Half of the heads are plain ones. The others ask a question that stories ask all the time: where did the text look as it does now, and
-    which byte came next there? That is an induction head (Olsson et al. 2022). A usual transformer needs two layers for it, one to carry
-    each byte's vector to the next place, one to compare. Here those heads' keys are simply moved on by one byte, so that a byte is found
-    by what stood before it; and what makes keys starts as a copy of what makes queries, so that what is alike is found from the first step:
+    Each head makes three vectors of each byte's: a query (what am I looking for?), a key (what am I?) and a value (what do I tell who finds
+    me?). A byte's score for an earlier one is its query x that one's key; softmax makes shares of the scores; by these it adds up the values.
+
+    Half of the heads are plain ones (a single head is not). The others ask a question that stories ask all the time: where did the text look
+    as it does now, and which byte came next there? That is an induction head (Olsson et al. 2022). A usual transformer needs two layers for
+    it, one to carry each byte's vector to the next place, one to compare. Here those heads' keys are simply moved on by one byte, so that a
+    byte is found by what stood before it; and what makes keys starts as a copy of what makes queries, so that what is alike is found from the
+    first step:
 
         text        ...  L    i    l    y   ...  L    i    ?
         query                                         q     "i, in a word that begins with Li, ..."
@@ -86,17 +90,20 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, store=None, P=0):
         """x (B, T, C) -> (B, T, C). store (2, B, H, context + 1, D), zeros at first: keys and values of P earlier bytes, to which those of
-        these T are added; the keys of the induction heads one place further right."""
+        these T are added; the keys of the induction heads one place further right, where the last one waits for the next byte."""
         B, T, C = x.shape
-        qk, v = self.qkv(norm(x)).view(B, T, 3 * self.heads, C // self.heads).transpose(1, 2).split((2 * self.heads, self.heads), 1)
+        qkv = self.qkv(norm(x)).view(B, T, 3 * self.heads, C // self.heads).transpose(1, 2)  # (B, 3 H, T, D)
+        qk, v = qkv.split((2 * self.heads, self.heads), 1)  # (B, 2 H, T, D), (B, H, T, D)
         # Normed queries and keys (QK-norm, Henry et al. 2020) cannot grow, which is what lets the learning rate be high.
         q, k = rotate(norm(qk), cos, sin).chunk(2, 1)  # each (B, H, T, D)
         plain, k = k.split((self.plain, self.heads - self.plain), 1)
         mask = None
         if store is None:
-            k = torch.cat((plain, F.pad(k, (0, 0, 1, -1))), 1)  # the first byte follows nothing: its key is 0, for those who find nothing alike
+            k = torch.cat((plain, F.pad(k, (0, 0, 1, -1))), 1)  # along T: a 0 in front, for those who find nothing alike; the last one off
         else:
-            store[0, :, : self.plain, P : P + T], store[0, :, self.plain :, P + 1 : P + T + 1], store[1, :, :, P : P + T] = plain, k, v
+            store[0, :, : self.plain, P : P + T] = plain
+            store[0, :, self.plain :, P + 1 : P + T + 1] = k
+            store[1, :, :, P : P + T] = v
             k, v = store[:, :, :, : P + T]
             if P and T > 1:  # query t sees keys up to P + t; a single new byte sees all
                 mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
@@ -125,7 +132,8 @@ def contexts_at(now, S, inverses, gap, end, mark):
 
     The hash of bytes a..b-1 is the sum of (byte_j + 1) * MULTIPLIER^(j-a). With S_i the sum over all bytes before i, as if every context
     began at 0, it is (S_b - S_a) * MULTIPLIER^-a: contexts of any length, words too, at every position, without a loop.
-    gap, end: the last position up to each one that is no letter, and the last that is one; mark: the byte if it is no letter, else 0.
+    gap[i], end[i]: the latest position, i or before, that is no letter, and that is one; mark[i]: the byte if it is no letter, else 0. The odd
+    factors 3 and 5 only keep apart what would else be the same sum.
     """
     span = lambda a, b: (S[b] - S[a]) * inverses[a]  # hash of bytes a..b-1
     edge = gap[now]
@@ -142,7 +150,7 @@ def contexts_at(now, S, inverses, gap, end, mark):
 
 def prefixes(ids):
     """What `contexts_at` needs to know of texts, for all positions: ids (B, t) uint8 -> S, gap, end, mark, each (B * L,), row after row.
-    L is t + 9: before each beginning stand 8 ENDs, which are no letters, and S has one column more."""
+    L is t + 9: before each beginning stand 8 ENDs, which are no letters, and behind each end a spare column, which only S uses."""
     B, t = ids.shape
     text = np.zeros((B, t + max(GRAMS) + 1), np.uint8)
     text[:, -t - 1 : -1] = ids
@@ -283,18 +291,18 @@ def generate(model, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=No
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     ids = torch.tensor([[END, *prompt[:shortest]] for prompt in prompts])  # (B, t)
     alone = len(prompts) == 1 and not (fuse or model.residual) and model.cos.device.type == "cpu"
-    left = 0  # bytes that the context still takes
+    room = 0  # bytes that the context still takes
     while True:
-        if not left:
-            cache, left, step = {}, model.context, None
+        if not room:
+            cache, room, advance = {}, model.context, None
             new = ids if ids.shape[1] <= model.context else ids[:, -model.context // 2 :]
-        if step:
-            logits = step(new.item())[None]
+        if advance:
+            logits = advance(new.item())[None]
         else:
             logits, states = model(new, cache, ask(model.ngram, ids, new.shape[1]) if model.residual else None)
             logits = logits[:, -1].cpu()  # (B, 256)
-            step = quick(model, cache) if alone else None
-        left -= new.shape[1]
+            advance = quick(model, cache) if alone else None
+        room -= new.shape[1]
         if fuse:
             logits = fuse(F.softmax(logits, -1), states, ids).clamp(min=1e-30).log()
         byte = choose(logits, temperature, top_p, generator)  # (B,)
@@ -349,7 +357,9 @@ def quick(model, cache):
     S, gap, end, mark = (array.tolist() for array in prefixes(cache["ids"].to(torch.uint8).numpy()))
     del gap[-1], end[-1], mark[-1]
     D = len(model.cos[0]) * 2
-    cos, sin, other = torch.cat((model.cos, model.cos), 1).numpy(), torch.cat((model.sin, -model.sin), 1).numpy(), np.roll(np.arange(D), D // 2)
+    cos = torch.cat((model.cos, model.cos), 1).numpy()  # (context, D): `rotate` is x * cos + (x with its halves exchanged) * sin
+    sin = torch.cat((model.sin, -model.sin), 1).numpy()
+    halves = np.roll(np.arange(D), D // 2)
     centred = lambda w: w - w.mean(-2, keepdims=True)  # a norm takes the mean off what it gets: done once here, no norm below need do it
     blocks = []
     for i, block in enumerate(model.blocks):
@@ -357,32 +367,34 @@ def quick(model, cache):
         to_qk, to_v = np.split(to_qkv.reshape(3 * H, D, -1), [2 * H])
         to_qkv = np.concatenate((centred(to_qk), to_v)).reshape(to_qkv.shape)
         blocks.append((block.plain, block.scale, *cache["layers"][i][:, 0].numpy(), to_qkv, centred(out), up, centred(down)))
-    norm = lambda x: x / math.sqrt(x @ x / len(x) + 1e-5)
+    rms_norm = lambda x: x / math.sqrt(x @ x / len(x) + 1e-5)
 
-    def forward(byte):
+    def advance(byte):
         nonlocal P
         now, letter = len(gap), LETTER[byte]
         S.append(S[now] + (byte + 1) * POWERS[now])
-        gap.append(gap[-1] if letter else now), end.append(now if letter else end[-1]), mark.append(0 if letter else byte)
+        gap.append(gap[-1] if letter else now)
+        end.append(now if letter else end[-1])
+        mark.append(0 if letter else byte)
         rows = [hash % WRAP >> shift for hash in contexts_at(now, S, INVERSES, gap, end, mark)]
         x = weight["byte.weight"][byte] + np.add.reduce(weight["memory.table"][rows], 0)  # (C,)
-        x = norm(x - np.add.reduce(x) / len(x))
+        x = rms_norm(x - np.add.reduce(x) / len(x))
         for plain, scale, K, V, to_qkv, out, up, down in blocks:
-            qkv = (to_qkv @ norm(x)).reshape(3 * H, D)
+            qkv = (to_qkv @ rms_norm(x)).reshape(3 * H, D)
             qk, v = qkv[: 2 * H], qkv[2 * H :]
             qk = qk / np.sqrt(np.add.reduce(qk * qk, 1, keepdims=True) / D + 1e-5)
-            qk = qk * cos[P] + qk[:, other] * sin[P]
+            qk = qk * cos[P] + qk[:, halves] * sin[P]
             q, k = qk[:H], qk[H:]
-            K[:plain, P], K[plain:, P + 1], V[:, P] = k[:plain], k[plain:], v
+            K[:plain, P], K[plain:, P + 1], V[:, P] = k[:plain], k[plain:], v  # as in Block.forward
             share = np.exp((K[:, : P + 1] @ q[:, :, None])[:, :, 0] * scale)  # (H, P + 1); normed vectors: no overflow
             y = (share[:, None] @ V[:, : P + 1])[:, 0] / np.add.reduce(share, 1, keepdims=True)
             x = x + out @ y.ravel()
-            h = np.maximum(up @ norm(x), 0)
+            h = np.maximum(up @ rms_norm(x), 0)
             x = x + down @ (h * h)
         P += 1
-        return torch.from_numpy(weight["head.weight"] @ norm(x))
+        return torch.from_numpy(weight["head.weight"] @ rms_norm(x))
 
-    return forward
+    return advance
 
 
 # ---- 3. The optimizer ----------------------------------------------------------------------------------------------------------------
@@ -466,7 +478,8 @@ class Batches:
 def distillation_loss(logits, target, teacher, weight):
     """(1 - weight) x cross-entropy to the byte that came + weight x cross-entropy to the teacher's distribution (Hinton et al. 2015).
 
-    One byte says what came; the teacher's 256 probabilities say what else could have come and how likely, so each position teaches more.
+    One byte says what came; the teacher's 256 probabilities say what else could have come and how likely, so each position teaches more. That is
+    worth something while the student knows less than the teacher; here that is soon over (README, "A teacher").
     logits (N, 256) nats, target (N,) int64, teacher (N, 256) probabilities -> scalar, nats per byte
     """
     return (1 - weight) * F.cross_entropy(logits, target) + weight * F.cross_entropy(logits, teacher)
@@ -505,7 +518,7 @@ def evaluate(model, text, every=1):
 
 # ---- 5. A step, and when it is the last ----------------------------------------------------------------------------------------------
 
-MEMORY_RATE = 0.05  # 0.2 -> 1.159, 0.1 -> 1.158, 0.05 -> 1.155 bpb after 60 s
+MEMORY_RATE = 0.05  # 0.2 -> 1.159, 0.1 -> 1.158, 0.05 -> 1.155 bpb after 60 s (of an earlier net: compare such figures within a line only)
 DISTILL_WEIGHT = 0.6
 PAUSE = 30.0  # a step that takes longer, and ten times as long as any before, was slept through
 
@@ -802,8 +815,8 @@ def train(args):
         save(path("log.jsonl"), b"")  # a folder that cannot be written is found out now, not in the end
     say(f"{text.source}: {len(text.train):,} bytes to learn from, {len(judged):,} to be judged on")
 
-    # The n-gram first: it takes seconds, tells the first story, and sets the level that the net has to beat. Where it is neither a teacher
-    # nor a part of the model it need not know all of the text: it gets some 3% of the time.
+    # The n-gram first: it takes seconds, tells the first story, and is a level for the net to beat. Where it is neither a teacher nor a part of
+    # the model it need not know all of the text: it gets 3 MB a minute, some 3% of the time, and the level is that of so much text.
     ngram = level = None
     if args.order:
         counted = text.train if args.distill or args.residual else text.train[: int(3e6 * max(1, args.minutes))]
