@@ -142,8 +142,8 @@ class Counts:
         byte    (n-grams,)    uint8    the follower
         count   (n-grams,)    uint8 to uint32, as the largest needs: its count
 
-    Hashes are spread evenly, so the top bits alone lead to within a place or two (at worst about eight) of the right context: no binary search, no collisions
-    to chain. A wrong context passes for the right one once in 2^32 look-ups.
+    Hashes are spread evenly, so the top bits alone lead to within a place or two (at worst about eight) of the right context: no binary
+    search, no collisions to chain. A wrong context passes for the right one once in 2^32 look-ups.
     """
     __slots__ = "bits", "bucket", "tag", "start", "byte", "count"
 
@@ -530,7 +530,8 @@ class NGram:
 
 # ---- 6. To see it work ---------------------------------------------------------------------------------------------------------------
 
-# The research that this project rebuilds (README) swept 19 n-grams. These are chosen so that one sees each smoothing at a short, a middle and a long order.
+# The research that this project rebuilds (README) swept 19 n-grams. These are chosen so that one sees each smoothing at a short, a middle and a
+# long order.
 SWEEP = [("maximum-likelihood", 2), ("maximum-likelihood", 4), ("add-k", 2), ("add-k", 4)] + [
     (smoothing, order) for smoothing in SMOOTHINGS[2:6] for order in (3, 6, 12)] + [("modified-kneser-ney", n) for n in (2, 3, 4, 6, 8, 12, 16)]
 
@@ -573,10 +574,12 @@ def sweep(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python ngram.py [options]", description="Count n-grams of bytes, score them on text they have not seen, write a story.",
+    parser = argparse.ArgumentParser(usage="python ngram.py [options]",
+                                     description="Count n-grams of bytes, score them on text they have not seen, write a story.",
                                      epilog="example: python ngram.py --data stories.txt --orders 2 4 8 12")
     parser.add_argument("--orders", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 12], metavar="N", help="(default: 1 2 3 4 6 8 12)")
-    parser.add_argument("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], metavar="NAME", help=f"{', '.join(SMOOTHINGS)} (default: %(default)s)")
+    parser.add_argument("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], metavar="NAME",
+                        help=f"{', '.join(SMOOTHINGS)} (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help=f"instead {len(SWEEP)} models of different order and smoothing")
     parser.add_argument("--save", metavar="FILE", help="keep the last model counted")
     parser.add_argument("--load", metavar="FILE", help="count nothing: tell a story with a model that was kept")

@@ -259,10 +259,11 @@ class Library:
             if spec == "real":
                 found = real
             elif spec == "ngram":
-                found = [self.ngram().generate(p, LENGTH - len(p), self.args.temperature, i) for i, p in enumerate(tqdm(prompts, "ngram", disable=not sys.stderr.isatty()))]
+                counting, bar = self.ngram(), tqdm(prompts, "ngram", disable=not sys.stderr.isatty())
+                found = [counting.generate(p, LENGTH - len(p), self.args.temperature, i) for i, p in enumerate(bar)]
             else:
-                model = self.model(name)[0]
-                found = stories(model, prompts, LENGTH, self.args.temperature, self.args.top_p, self.args.seed, self.fusion(name, tuple(heads)) if heads else None)
+                model, fusion = self.model(name)[0], self.fusion(name, tuple(heads)) if heads else None
+                found = stories(model, prompts, LENGTH, self.args.temperature, self.args.top_p, self.args.seed, fusion)
             return [story[:LENGTH].decode("utf-8", "ignore") for story in found]
         return self.once(("stories", spec, n), write)
 
@@ -525,7 +526,8 @@ class Answers:
             self.known[key] = question()
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write("\n" * (file.tell() > 0 and not ends_line(self.path)) + json.dumps({"id": key, "judge": judge, "answer": self.known[key]}) + "\n")
+                    line = json.dumps({"id": key, "judge": judge, "answer": self.known[key]}) + "\n"
+                    file.write("\n" * (file.tell() > 0 and not ends_line(self.path)) + line)
             except OSError as error:
                 raise Problem(f"cannot write {self.path}: {error.strerror}; name another file with --answers") from None
         return self.known[key]
@@ -684,7 +686,8 @@ def parse_arguments(argv):
     parser.add_argument("--temperature", type=float, default=0.45, metavar="T", help="below 1: safer, 0: always the likeliest (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest bytes with so much probability (default: all)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", metavar="NAME", help="auto, cpu, cuda, mps (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", metavar="NAME",
+                        help="auto, cpu, cuda, mps (default: %(default)s)")
     parser.add_argument("--fuse", metavar="HEADS", help="mix in: ngram,knn,cache")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the transformer and each head (default: learned)")
     parser.add_argument("--order", type=int, default=12, metavar="N", help="of the n-gram (default: %(default)s)")

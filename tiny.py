@@ -723,7 +723,8 @@ def right(device):
 
 
 # How large a net, and how many bytes to a step? In a few minutes many small steps teach more than few large ones, until they no longer fill the
-# cores (2,048 bytes a step: 1.040 bpb after 60 s; 4,096: 1.024). `small` is what all the figures are about. The larger ones, and from how many steps on they are worth it, are estimates.
+# cores (2,048 bytes a step: 1.040 bpb after 60 s; 4,096: 1.024). `small` is what all the figures are about. The larger ones, and from how many
+# steps on they are worth it, are estimates.
 SIZES = {
     "small": dict(layers=1, heads=2, width=64, context=512, batch=8),
     "medium": dict(layers=1, heads=2, width=128, context=512, batch=8),
@@ -774,7 +775,8 @@ def agreed(progress, stop):
     """What the first process says about the progress, and whether any of them was told to stop: none may wait for one that has ended."""
     if not dist.is_initialized():
         return progress, stop
-    said = torch.tensor([progress if dist.get_rank() == 0 else 0.0, stop], dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    said = torch.tensor([progress if dist.get_rank() == 0 else 0.0, stop], dtype=torch.float64, device=device)
     dist.all_reduce(said, dist.ReduceOp.MAX)
     return said[0].item(), bool(said[1])
 
@@ -809,7 +811,8 @@ def train(args):
         if not before:
             raise Problem(f"the run in {args.out} is complete; train another with --out, or hear it: python sample.py --out {args.out}")
         if before["data"] != data_id:
-            raise Problem(f"the training text is not the one of the run in {args.out}: {data_id} instead of {before['data']}; name that one with --data")
+            raise Problem(f"the training text is not the one of the run in {args.out}: {data_id} instead of {before['data']}; "
+                          "name that one with --data")
     elif not rank:
         set_aside(args.out)
         save(path("log.jsonl"), b"")  # a folder that cannot be written is found out now, not in the end
@@ -844,7 +847,8 @@ def train(args):
     batches = Batches(text.train, args.batch, args.context, ngram, args.seed, rank, world)
     net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     begun = 0 if args.steps else clock() / budget
-    now = dict(step=0, spent=0.0, trained=0.0, curve=[], reserve=0.01 * budget, loss=8.0, skipped=0, show=[begun + (1 - begun) * part for part in SHOW])
+    now = dict(step=0, spent=0.0, trained=0.0, curve=[], reserve=0.01 * budget, loss=8.0, skipped=0,  # reserve: seconds kept for the end
+               show=[begun + (1 - begun) * part for part in SHOW])
     if args.resume:
         now = before["now"]
         model.memory.pushed.copy_(before["pushed"])
@@ -951,7 +955,8 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--minutes", type=float, default=5, metavar="M", help="the budget; all but the download counts (default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="train for so many steps instead, exactly repeatable")
-    parser.add_argument("--distill", type=float, default=0.0, metavar="PART", help="of the budget in which the n-gram teaches, 0 to 1 (default: %(default)g)")
+    parser.add_argument("--distill", type=float, default=0.0, metavar="PART",
+                        help="of the budget in which the n-gram teaches, 0 to 1 (default: %(default)g)")
     parser.add_argument("--residual", action="store_true", help="learn what the n-gram does not know; it stays inside")
     parser.add_argument("--order", type=int, default=12, metavar="N", help="of the n-gram; 0: do not count one (default: %(default)s)")
     parser.add_argument("--size", choices=("auto", *SIZES), default="auto", metavar="SIZE",
@@ -965,7 +970,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--sweep", type=int, metavar="N", help="instead N runs of settings drawn at random, in sweep.tsv")
     parser.add_argument("--resume", metavar="DIR", help="go on with an interrupted run, with its options")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the closing figures")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", metavar="NAME", help="auto, cpu, cuda, mps (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", metavar="NAME",
+                        help="auto, cpu, cuda, mps (default: %(default)s)")
     parser.add_argument("--out", default="out", metavar="DIR", help="where the model goes (default: %(default)s)")
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -1047,7 +1053,8 @@ def several(args, argv):
     print("\t".join(columns[:-1]))
     for i in bpb.argsort():
         print("\t".join(table[i][:-1]))
-    print(f"\n{len(bpb)} runs: {bpb.mean():.4f} ± {bpb.std(ddof=min(1, len(bpb) - 1)):.4f} bits per byte, best {bpb.min():.4f}, worst {bpb.max():.4f}")
+    spread = bpb.std(ddof=min(1, len(bpb) - 1))
+    print(f"\n{len(bpb)} runs: {bpb.mean():.4f} ± {spread:.4f} bits per byte, best {bpb.min():.4f}, worst {bpb.max():.4f}")
     for i, name in enumerate(columns[3:-1], 3):  # what each value did, whatever else was drawn with it
         values = sorted({row[i] for row in table}, key=float)
         print(f"{name}: " + ", ".join(f"{value} {np.median(bpb[[row[i] == value for row in table]]):.3f}" for value in values))
