@@ -628,7 +628,7 @@ def test_main_job(finished):
     facts = closing_block(result.stdout)
     keys = "val_bpb ngram_bpb seconds steps bytes_seen parameters device seed out".split()
     assert all(key in facts for key in keys)
-    assert 24 * 0.95 < float(facts["seconds"]) < 24 * 1.05  # ±2 % of five minutes are 6 s; here 5 % are 1.2 s
+    assert 24 * 0.9 < float(facts["seconds"]) < 24 * 1.1  # ±2 % of five minutes are 6 s; here 10 % are 2.4 s
     assert float(facts["val_bpb"]) < 1.5 and float(facts["ngram_bpb"]) < 0.6
     assert int(facts["bytes_seen"]) == int(facts["steps"]) * 8 * 512
     assert "\r" not in result.stderr and result.stdout.rstrip().endswith(f"python sample.py --out {out}")
@@ -1030,7 +1030,7 @@ def test_two_processes_make_one_run_and_a_killed_one_ends_it(tmp_path, stories_f
     result = script(*command, "--minutes", 0.25, "--out", tmp_path / "both", env=env)
     facts = closing_block(result.stdout)
     assert result.returncode == 0 and result.stdout.count("val_bpb:") == 1, result.stderr
-    assert int(facts["bytes_seen"]) == 2 * 8 * 64 * int(facts["steps"]) and float(facts["seconds"]) < 16.5
+    assert int(facts["bytes_seen"]) == 2 * 8 * 64 * int(facts["steps"]) and float(facts["seconds"]) < 18
     (tmp_path / "killed.py").write_text("import os, signal, sys, tiny\ntiny.SAVE_EVERY, learn, n = 0, tiny.learn, []\n"
                                         "def learn_and_die(*a):\n    n.append(1)\n    if len(n) == 20 and os.environ['RANK'] == '1':\n"
                                         "        os.kill(os.getpid(), signal.SIGKILL)\n    return learn(*a)\n"
