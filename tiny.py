@@ -783,7 +783,7 @@ def agreed(progress, stop):
 
 # ---- 9. One run ----------------------------------------------------------------------------------------------------------------------
 
-SHOW = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # at these parts of the training: evaluate, and continue PROMPT
+SHOW = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # at these parts of the training: evaluate, continue PROMPT
 PROMPT = b"Once upon a time, there was a little"
 JUDGED = 300_000  # bytes of the validation text that the closing figures are about
 SAVE_EVERY = 60.0  # seconds after which the state of the training is saved
@@ -848,7 +848,7 @@ def train(args):
     net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     begun = 0 if args.steps else clock() / budget
     now = dict(step=0, spent=0.0, trained=0.0, curve=[], reserve=0.01 * budget, loss=8.0, skipped=0,  # reserve: seconds kept for the end
-               show=[begun + (1 - begun) * part for part in SHOW])
+               looked=0.0, show=[begun + (1 - begun) * part for part in SHOW])  # looked: seconds that showing took; a tenth at most
     if args.resume:
         now = before["now"]
         model.memory.pushed.copy_(before["pushed"])
@@ -906,11 +906,11 @@ def train(args):
             now["loss"] += 0.1 * (loss.item() / math.log(2) - now["loss"])
             bar.n = now["step"] if args.steps else min(clock(), bar.total)
             bar.set_postfix_str(f" loss {now['loss']:.3f} bits, {seen() / now['trained'] / 1e3:.0f} kB/s")
-        if rank == 0 and now["show"] and progress >= now["show"][0]:
-            began = time.monotonic()
+        if rank == 0 and now["show"] and progress >= now["show"][0] and (args.steps or now["looked"] <= 0.1 * clock()):
+            began = clock()
             now["curve"].append((clock(), evaluate(model, judged, every=4)))
             # To keep back for the end: a whole evaluation, saving, a story. (Of a very short budget a quarter, whatever it will take.)
-            now["reserve"] = min(4 * (time.monotonic() - began) + 1, 0.25 * budget)
+            now["reserve"] = min(4 * (clock() - began) + 1, 0.25 * budget)
             now["show"] = [part for part in now["show"] if part > progress]
             said = printable(stories(model, [PROMPT], 120, seed=args.seed)[0].decode("utf-8", "replace")).replace("\n", " ")
             bar.clear()
@@ -919,6 +919,7 @@ def train(args):
                        rates=[group["lr"] for optimizer in opts for group in optimizer.param_groups], bytes_per_second=round(seen() / now["trained"]))
             with open(path("log.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            now["looked"] += clock() - began
         if rank == 0 and time.monotonic() - saved > SAVE_EVERY:
             keep()
             saved = time.monotonic()
