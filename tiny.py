@@ -724,8 +724,8 @@ def right(device):
 
 # How large a net, and how many bytes to a step? In a few minutes many small steps teach more than few large ones, until they no longer fill the
 # cores: after 60 s 2,048 bytes a step had 1.040 bpb, 4,096 1.024; in another sitting 4,096 1.061, 8,192 1.064. Nearly all figures are about
-# `small`. `medium` is behind it by 14, 4, 1% after half a minute, 2, 5 minutes (115, 965, 2,010 steps); ENOUGH is where that would end.
-# `large` is an estimate.
+# `small`. `medium` is behind it by 14, 4, 1% after half a minute, 2, 5 minutes (115, 965, 2,010 steps), and ahead after 15 (7,841), as it reads
+# the text less often. `large` is an estimate.
 SIZES = {
     "small": dict(layers=1, heads=2, width=64, context=512, batch=8),
     "medium": dict(layers=1, heads=2, width=128, context=512, batch=8),
@@ -740,11 +740,7 @@ def sized(args, name):
 
 
 def pick_size(args, text, device, seconds):
-    """The largest size of which this machine makes ENOUGH steps in `seconds`, by timing a few of each. -> settings, the reason
-
-    And none that would read the text more than once: the larger the net, the sooner it learns its text by heart (medium, on 14 MB: 0.957 bpb
-    after 5 minutes, 0.981 after 15, when it had read it 2.3 times).
-    """
+    """The largest size of which this machine makes ENOUGH steps in `seconds`, by timing a few of each. -> settings, the reason"""
     if args.size != "auto":
         return sized(args, args.size), f"size {args.size}, as asked"
     if args.steps or dist.is_initialized():
@@ -761,11 +757,10 @@ def pick_size(args, text, device, seconds):
             took.append(time.monotonic() - began)
         steps = seconds / sorted(took)[1]
         told.append(f"{name} {steps:,.0f}")
-        if steps < ENOUGH or name != "small" and steps * setting["batch"] * setting["context"] > len(text):
+        if steps < ENOUGH:
             break
         chosen = name
-    return sized(args, chosen), (f"size {chosen}; steps that fit the time: {', '.join(told)}; a larger net needs {ENOUGH:,} steps, "
-                                 "and so much text that it reads none of it twice")
+    return sized(args, chosen), f"size {chosen}; steps that fit the time: {', '.join(told)}; more than small needs {ENOUGH:,}"
 
 
 def processes():
@@ -950,6 +945,9 @@ def train(args):
     for key, value in told.items():
         print(f"{key}: {'none' if value is None else value}")
     say(f"\n{story}\n\nmore: python sample.py --out {args.out}")
+    if seen() > 2 * len(text.train):  # 14 MB: 0.944 bpb after 1.7 readings, 1.095 after 4.7
+        print(f"NOTICE: the text was read {seen() / len(text.train):.1f} times, and what is read more than twice is learned by heart; "
+              "give more text (--data), or fewer --minutes", file=sys.stderr)
 
 
 # ---- 10. The command, and many runs --------------------------------------------------------------------------------------------------
