@@ -413,7 +413,7 @@ class NGram:
         hashes = [np.zeros(N, np.uint64)] + [h.copy() for h, _ in context_hashes(data, positions, order - 1)]
         lowest = min(DENSE, order)
         # First find, for each order, the rows that it knows the context of: an unknown context stays unknown when it grows.
-        found = {}  # n -> (rows whose context of n-1 bytes was counted, its index); the longer context is only known if the shorter is
+        found = {}  # n -> (rows whose context of n-1 bytes was counted, its index)
         row = np.arange(N)
         for n in range(lowest + 1, order + 1):
             context = self.counts[n].find(mix(hashes[n - 1][row]))

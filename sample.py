@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import END, SEPARATOR, Problem, add_arguments, decode, load, printable, read, run, save, text_from
 from data import stories as cut_at_ends
 from ngram import NGram, learn_weights
-from tiny import ask, generate, load_checkpoint, pick_device, prepare_cpu, stories, windows
+from tiny import ask, choose, generate, load_checkpoint, pick_device, prepare_cpu, stories, windows
 
 PROMPTS = 40  # stories per variant
 LENGTH = 650  # bytes of each that are looked at
@@ -113,7 +113,7 @@ class Fusion:
     def __init__(self, model, names, ngram=None, text=None, weights=None):
         """names: of the heads beside the transformer. text: (n,) uint8 training text, whose first part becomes the kNN datastore."""
         self.model, self.names, self.ngram, self.weights, self.pairs = model, ("transformer", *names), ngram, weights, []
-        self.tail = ngram.order if ngram else 1  # bytes that it may want to see
+        self.reach = ngram.order if ngram else 1  # so many of the last bytes the n-gram may want to see
         if "knn" in names:
             self.keys, self.values = self.remember(text[:DATASTORE])
 
@@ -128,13 +128,14 @@ class Fusion:
     def moments(self, text):
         """Walk through text as tiny.evaluate does: yields (Now, the bytes that came (B,))."""
         before = np.concatenate((np.zeros(1, np.uint8), text))  # before[i] is the byte before text[i]
-        for given, came, at, asked, logits, states in windows(self.model, text, batch=1):
-            (given, came, at, logits, states), asked = (x[0] for x in (given, came, at, logits, states)), asked[0].nonzero()[:, 0]
+        for window in windows(self.model, text, batch=1):
+            given, came, at, asked, logits, states = (x[0] for x in window)  # each (T, ...)
+            asked = asked.nonzero()[:, 0]  # (B,)
             # Position t knows what followed the positions before it, no more, and of this story alone: B rows share one past.
             P = torch.arange(len(given))
             begin = torch.where(given == END, P, 0).cummax(0)[0][asked]  # (B,) where its story begins
             followed = torch.where((P < asked[:, None]) & (P >= begin[:, None]), came, -1)  # (B, P)
-            back = at[asked].numpy()[:, None] - np.arange(self.tail - 1, -1, -1)
+            back = at[asked].numpy()[:, None] - np.arange(self.reach - 1, -1, -1)
             tail = np.where(back < 0, END, before[back.clip(0)]).astype(np.uint8)
             yield Now(F.softmax(logits[asked], -1), states[asked], states.expand(len(asked), -1, -1), followed, tail), came[asked]
 
@@ -166,7 +167,7 @@ class Fusion:
         # Several bytes at once are the beginning of a context, one is the next of the same.
         self.states = torch.cat((self.states, hidden), 1) if hidden.shape[1] == 1 and ids.shape[1] > 1 else hidden
         P = self.states.shape[1] - 1
-        tail = F.pad(ids, (self.tail, 0), value=END)[:, -self.tail :].to(torch.uint8).numpy()
+        tail = F.pad(ids, (self.reach, 0), value=END)[:, -self.reach :].to(torch.uint8).numpy()
         return self.mix(self.heads(Now(p, hidden[:, -1], self.states[:, :P], ids[:, ids.shape[1] - P :], tail)))
 
 
@@ -645,8 +646,8 @@ def bench(model, seed, seconds=5.0):
     def recomputing():
         generator, ids = torch.Generator().manual_seed(seed), torch.zeros(1, 1, dtype=torch.int64)
         while True:
-            p = F.softmax(model(ids[:, -model.context :])[0][:, -1], -1).cpu()
-            ids = torch.cat((ids, torch.multinomial(p, 1, generator=generator)), 1)
+            byte = choose(model(ids[:, -model.context :])[0][:, -1].cpu(), generator=generator)
+            ids = torch.cat((ids, byte[:, None]), 1)
             yield
 
     naive = rate(recomputing(), 1)

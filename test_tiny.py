@@ -628,7 +628,7 @@ def test_main_job(finished):
     facts = closing_block(result.stdout)
     keys = "val_bpb ngram_bpb seconds steps bytes_seen parameters device seed out".split()
     assert all(key in facts for key in keys)
-    assert 24 * 0.9 < float(facts["seconds"]) < 24 * 1.1  # ±2 % of five minutes are 6 s; here 10 % are 2.4 s
+    assert 24 * 0.95 < float(facts["seconds"]) < 24 * 1.05  # ±2 % of five minutes are 6 s; here 5 % are 1.2 s
     assert float(facts["val_bpb"]) < 1.5 and float(facts["ngram_bpb"]) < 0.6
     assert int(facts["bytes_seen"]) == int(facts["steps"]) * 8 * 512
     assert "\r" not in result.stderr and result.stdout.rstrip().endswith(f"python sample.py --out {out}")
@@ -943,7 +943,7 @@ def test_ends_on_time_under_load(tmp_path, stories_file):
     finally:
         for process in hog:
             process.kill()
-    assert 18 * 0.9 < float(closing_block(out)["seconds"]) < 18 * 1.2
+    assert 18 * 0.9 < float(closing_block(out)["seconds"]) < 18 * 1.1
 
 
 def test_a_sleep_does_not_count_and_the_learning_rate_goes_down_all_the_same(tmp_path, tiny_runs, monkeypatch, capsys):
@@ -1033,7 +1033,7 @@ def test_two_processes_make_one_run_and_a_killed_one_ends_it(tmp_path, stories_f
     result = script(*command, "--minutes", 0.25, "--out", tmp_path / "both", env=env)
     facts = closing_block(result.stdout)
     assert result.returncode == 0 and result.stdout.count("val_bpb:") == 1, result.stderr
-    assert int(facts["bytes_seen"]) == 2 * 8 * 64 * int(facts["steps"]) and float(facts["seconds"]) < 18
+    assert int(facts["bytes_seen"]) == 2 * 8 * 64 * int(facts["steps"]) and float(facts["seconds"]) < 16.5
     (tmp_path / "killed.py").write_text("import os, signal, sys, tiny\ntiny.SAVE_EVERY, learn, n = 0, tiny.learn, []\n"
                                         "def learn_and_die(*a):\n    n.append(1)\n    if len(n) == 20 and os.environ['RANK'] == '1':\n"
                                         "        os.kill(os.getpid(), signal.SIGKILL)\n    return learn(*a)\n"
@@ -1250,7 +1250,7 @@ def test_the_commands_of_sample(finished):
 # ---- README.md -----------------------------------------------------------------------------------------------------------------------
 
 README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-FENCE = re.compile(r"```python\n# ?(.*?); (.*?)\n(.*?)```", re.DOTALL)
+PIECES = re.findall(r"```python\n# ?(.*?); (.*?)\n(.*?)```", README, re.DOTALL)
 ONLY = """
 import builtins, os
 def only(name, globals=None, *rest, imported=builtins.__import__, **more):  # the piece's own imports; what PyTorch imports is not its concern
@@ -1264,16 +1264,14 @@ builtins.__import__ = only
 def part(of, file):
     """A part of a file as the README names it: `section 1`, or functions, classes and constants by name."""
     text = open(os.path.join(HERE, file), encoding="utf-8").read()
-    found = []
-    for name in re.findall(r"section \d|\w+", of.replace(" and ", " ")):
-        if name.startswith("section"):
-            found.append(re.search(rf"# ---- {name[-1]}\..*?(?=# ---- )", text, re.DOTALL)[0])
-        else:
-            found += [ast.get_source_segment(text, node) for node in ast.parse(text).body if name in (getattr(node, "name", ""), getattr(getattr(node, "targets", [0])[0], "id", ""))]
-    return "\n\n".join(found) + "\n"
+    source = {f"section {n}": section for section, n in re.findall(r"(# ---- (\d+)\..*?)(?=# ---- )", text, re.DOTALL)}
+    for node in ast.parse(text).body:
+        names = [target.id for target in node.targets if isinstance(target, ast.Name)] if isinstance(node, ast.Assign) else [getattr(node, "name", "")]
+        source |= dict.fromkeys(names, ast.get_source_segment(text, node))
+    return "\n\n".join(source[name] for name in re.findall(r"section \d+|\w+", of.replace(" and ", " "))) + "\n"
 
 
-@pytest.mark.parametrize("packages, takes, code", FENCE.findall(README), ids=[takes for _, takes, _ in FENCE.findall(README)])
+@pytest.mark.parametrize("packages, takes, code", PIECES, ids=[takes for _, takes, _ in PIECES])
 def test_each_piece_works_alone(tmp_path, packages, takes, code):
     for take in takes.split("; "):
         if take.startswith("the file "):
@@ -1282,7 +1280,7 @@ def test_each_piece_works_alone(tmp_path, packages, takes, code):
             code = code.replace("\n...\n", f"\n{part(*take.split(' of '))}\n")
     code = re.sub(r"https://\S+(?=\")", Server(data.invent(3000)).url, code)
     (tmp_path / "piece.py").write_text(ONLY % packages + code, encoding="utf-8")
-    assert len(FENCE.findall(README)) == 7
+    assert len(PIECES) == 7
     result = script("piece.py", cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
 
