@@ -752,10 +752,11 @@ def right(device):
 # the text less often. `large` is an estimate.
 SIZES = {
     "small": dict(layers=1, heads=2, width=64, context=512, batch=8),
-    "medium": dict(layers=1, heads=2, width=128, context=512, batch=8),
-    "large": dict(layers=4, heads=4, width=256, context=512, batch=16),
+    "medium": dict(layers=1, heads=2, width=96, context=512, batch=8),
+    "large": dict(layers=1, heads=2, width=128, context=512, batch=8),
+    "huge": dict(layers=4, heads=4, width=256, context=512, batch=16),
 }
-ENOUGH = 4000  # a larger size must get so many steps
+ENOUGH = 3200  # a larger size must get so many steps
 
 
 def sized(args, name):
