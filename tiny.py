@@ -176,11 +176,11 @@ SLOTS = 24  # bits of a context's hash by which it is counted
 class Memory(nn.Module):
     """A table with a vector for each context (by hash), learned with an optimizer of its own.
 
-    A context that stood in one place only has nothing to tell about others: looked up there a second time, it gives away which byte came, and
-    the net learns to trust what is of no use on new text. So it is counted in how many places each context stood (in the first reading of the
-    text; each step counts once), and no row is looked up or learned before its context was seen elsewhere: once before, in the first reading; in
-    later ones, whose count includes this very place, in two others. Rare contexts, which are most, thus take no room in the table either
-    (admission by count: McMahan et al. 2013). After 100 s on 4.8 MB, read 1.6 times: 1.024 bits per byte without this, 0.996 with it.
+    When a text is read a second time, the row of a context that stood in one place only gives away which byte came there, and the net learns to
+    trust what says nothing about new text. So the first reading counts in how many places each context stood (a step counts once), and a
+    row is neither looked up nor learned where its context was not seen elsewhere: in the first reading, once before; in later ones, whose
+    counts include the very place that is read, in two others. Nor do rare contexts, which are most, fill the table (admission by count: McMahan et
+    al. 2013). After 100 s on 4.8 MB, read 1.6 times: 1.024 bits per byte without this, 0.996 with it.
 
     The vectors of a position's contexts are added, so the gradient of the sum is the gradient of each: nothing needs to go through autograd,
     no gradient of the table's size or sparse tensor is ever made. Row-wise Adagrad (Duchi et al. 2011; one number per row as in DLRM, Naumov
@@ -237,7 +237,7 @@ def ask(ngram, ids, T):
 
 
 class GPT(nn.Module):
-    """A byte-level GPT with a memory. rows: of the memory, a power of 2.
+    """A byte-level GPT with a memory. rows: of the memory, a power of 2, at most 2^SLOTS.
 
     residual: learn only what a counting model does not know (Li et al. 2022): logits = net + alpha x log p_ngram, where the net sets alpha
     for each byte. At step 0 the net says nothing and alpha is 1: it *is* the n-gram, and training can only improve on it. Such a model
@@ -756,7 +756,7 @@ SIZES = {
     "large": dict(layers=1, heads=2, width=128, context=512, batch=8),
     "huge": dict(layers=4, heads=4, width=256, context=512, batch=16),
 }
-ENOUGH = 3200  # a larger size must get so many steps
+ENOUGH = 3500  # a larger size must get so many steps
 
 
 def sized(args, name):
