@@ -597,9 +597,9 @@ def test_batches_read_everything_once_before_anything_again():
         covered = np.zeros(len(whole))
         for rank in range(world):
             batches = tiny.Batches(text, 4, 32, None, 1, rank, world)
-            assert batches.reading == 3969 // world // (4 * 32)
+            assert batches.per_reading == 3969 // world // (4 * 32)
             for reading in range(2):
-                orders.append([whole.find(row.numpy().astype(np.uint8).tobytes()) for _ in range(batches.reading) for row in batches.get(False)[0]])
+                orders.append([whole.find(row.numpy().astype(np.uint8).tobytes()) for _ in range(batches.per_reading) for row in batches.get(False)[0]])
                 once = np.zeros(len(whole))
                 for at in orders[-1]:
                     assert at >= 0

@@ -470,17 +470,17 @@ class Batches:
         self.text = np.concatenate((np.zeros(1, np.uint8), text))  # END before the first story as before all others
         self.batch, self.context, self.teacher, self.seed, self.step = batch, context, teacher, (seed, rank), step
         self.low, self.high = ((len(self.text) - context) * r // world for r in (rank, rank + 1))
-        self.reading = max(1, (len(self.text) - context) // world // (context * batch))  # steps that read the text once
+        self.per_reading = max(1, (len(self.text) - context) // world // (context * batch))  # steps that read the text once
         self.pool = ThreadPoolExecutor(1)
         self.next = self.drawn = None
 
     def make(self, taught):
         """-> bytes (B, T + 1) int64; the teacher's distributions (B, T, 256) float32 or None"""
-        reading, part = divmod(self.step, self.reading)
+        reading, part = divmod(self.step, self.per_reading)
         if reading != self.drawn:  # a function of seed and reading alone, so that a run can be resumed anywhere
             random, self.drawn = np.random.default_rng((*self.seed, reading)), reading
             windows = np.arange(self.low + random.integers(min(self.context, self.high - self.low)), self.high, self.context)
-            self.order = np.resize(random.permutation(windows), self.reading * self.batch)
+            self.order = np.resize(random.permutation(windows), self.per_reading * self.batch)
         at = self.order[part * self.batch :][: self.batch]
         self.step += 1
         position = at[:, None] + np.arange(self.context + 1)  # (B, T + 1)
@@ -868,7 +868,6 @@ def train(args):
     say(f"\n{clock():6.1f} s  net of {computed:,} parameters and a memory of {model.memory.table.numel():,} on {device}, "
         f"{torch.get_num_threads()} threads\n{'':9}{reason}")
     opts = optimizers(model)
-    batches = Batches(text.train, args.batch, args.context, ngram, args.seed, rank, world, before["now"]["step"] if args.resume else 0)
     net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     begun = 0 if args.steps else clock() / budget
     now = dict(step=0, spent=0.0, trained=0.0, curve=[], reserve=0.01 * budget, loss=8.0, skipped=0,  # reserve: seconds kept for the end
@@ -880,6 +879,7 @@ def train(args):
             optimizer.load_state_dict(state)
         torch.set_rng_state(before["torch_random"])
         clock.start = time.monotonic() - now["spent"]  # setting up once more is free
+    batches = Batches(text.train, args.batch, args.context, ngram, args.seed, rank, world, now["step"])
 
     seen = lambda: now["step"] * args.batch * args.context * world
 
@@ -912,7 +912,7 @@ def train(args):
             break
         began = clock()
         window, teacher = batches.get(args.residual or progress < args.distill)
-        model.memory.again = now["step"] >= batches.reading
+        model.memory.again = now["step"] >= batches.per_reading
         loss = learn(net, opts, window, teacher, args.rate * learning_rate(progress))
         now["step"] += 1
         if slept := clock.tick():
