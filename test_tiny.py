@@ -1035,14 +1035,16 @@ def test_a_large_file_is_read_only_as_far_as_needed(tmp_path):
 
 
 def test_a_device_that_computes_something_else_is_not_used(monkeypatch, capsys):
-    assert tiny.right(torch.device("cpu"))
+    assert tiny.fault(torch.device("cpu")) == ""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(tiny, "right", lambda device: False)
-    assert tiny.pick_device("auto").type == "cpu" and "another loss" in capsys.readouterr().err
+    monkeypatch.setattr(tiny, "fault", lambda device: "it computes another loss")
+    assert tiny.pick_device("auto").type == "cpu" and "mps is not used: it computes another loss" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(tiny.GPT, "to", lambda self, device: self if device == "cpu" else setattr(self.head.weight, "data", self.head.weight * 1.5) or self)
-    assert not tiny.right(torch.device("cuda"))
+    assert "another loss" in tiny.fault(torch.device("cuda"))
+    monkeypatch.undo()
+    assert tiny.fault(torch.device("meta"))  # where nothing can be computed
 
 
 JOINT = """
