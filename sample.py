@@ -409,6 +409,13 @@ def repeated_4(story, ref):
     return 100 * (1 - len(set(grams)) / len(grams)) if grams else None
 
 
+def same_word(story, ref):
+    """Share of sentences, of three words or more, that say a word twice which is no function word, %. Catches `the cat saw the cat`."""
+    sentences = [[w.lower().removesuffix("'s") for w in words(sentence)] for sentence in re.split(r"[.!?\n]+", story)]
+    telling = [[w for w in sentence if len(w) > 2 and w not in FUNCTION] for sentence in sentences if len(sentence) > 2]
+    return 100 * sum(len(set(w)) < len(w) for w in telling) / len(telling) if telling else None
+
+
 def names_return(story, ref):
     """Share of the names in the first third that come back in the last, %. Catches forgotten heroes; not what they are doing there."""
     first, last = map(set, map(ref.names_of, third(story)))
@@ -450,7 +457,7 @@ def ends(story, ref):
 
 # Row, and what is better: -1 less, 1 more, 0 neither: as much as real stories have.
 ROWS = [(doubled, -1), (quotes_close, 1), (sentences_begin, 1), (names_return, 1), (nouns_return, 1), (pronouns_fit, 1), (new_names, -1),
-        (known_words, 0), (known_trigrams, 0), (distinct_2, 0), (repeated_4, 0), (length, 0), (ends, 0)]
+        (known_words, 0), (known_trigrams, 0), (same_word, 0), (distinct_2, 0), (repeated_4, 0), (length, 0), (ends, 0)]
 
 
 def rubric(texts, ref):

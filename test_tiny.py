@@ -1176,6 +1176,7 @@ GOOD = ("Once upon a time, there was a happy girl named Lily. Lily had a kite. S
     ("new_names", GOOD.replace("Lily helped", "Max helped").replace("Tom the dog", "Zoe the dog")),
     ("known_words", GOOD.replace("park", "parmk")),
     ("known_trigrams", GOOD.replace("sun went down", "down went sun")),
+    ("same_word", GOOD.replace("She took the kite", "She and the kite took the kite")),
     ("distinct_2", GOOD + GOOD), ("repeated_4", GOOD + GOOD), ("length", GOOD[:40]),
 ])
 def test_each_row_tells_good_from_broken(reference, row, broken):
