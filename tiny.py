@@ -130,10 +130,14 @@ def contexts_at(now, S, inverses, gap, end, mark):
     """Name the contexts that the byte at position `now` completes -> list of KINDS hashes. The same lines serve arrays of positions
     (`contexts`) and, for the one byte that a story grows by (`quick`), plain integers, which must then be taken modulo 2^64.
 
-    The hash of bytes a..b-1 is the sum of (byte_j + 1) * MULTIPLIER^(j-a). With S_i the sum over all bytes before i, as if every context
-    began at 0, it is (S_b - S_a) * MULTIPLIER^-a: contexts of any length, words too, at every position, without a loop.
-    gap[i], end[i]: the latest position, i or before, that is no letter, and that is one; mark[i]: the byte if it is no letter, else 0. The odd
-    factors 3 and 5 only keep apart what would else be the same sum.
+    The hash of bytes a..b-1 is the sum of (byte_j + 1) * MULTIPLIER^(j-a). S[i] is the sum of (byte_j + 1) * MULTIPLIER^j over all j < i; from
+    it the hash is (S[b] - S[a]) * MULTIPLIER^-a: contexts of any length, words too, at every position, without a loop.
+    gap[i] is the last position up to i that holds no letter, end[i] the last that holds a letter; mark[i] is the byte if it is no letter, else 0:
+
+        i          0  1  2  3  4  5  6  7     From now = 7 backwards: the word so far stands behind gap[7] = 4; the word before it
+        byte          s  h  e     w  e  n     ends at end[4] = 3 and stands behind gap[3] = 0.
+        gap        0  0  0  0  4  4  4  4
+        end        .  1  2  3  3  5  6  7     The odd factors 3 and 5 only keep apart what would else be the same sum.
     """
     span = lambda a, b: (S[b] - S[a]) * inverses[a]  # hash of bytes a..b-1
     edge = gap[now]
@@ -179,8 +183,9 @@ class Memory(nn.Module):
     When a text is read a second time, the row of a context that stood in one place only gives away which byte came there, and the net learns to
     trust what says nothing about new text. So the first reading counts in how many places each context stood (a step counts once), and a
     row is neither looked up nor learned where its context was not seen elsewhere: in the first reading, once before; in later ones, whose
-    counts include the very place that is read, in two others. Nor do rare contexts, which are most, fill the table (admission by count: McMahan et
-    al. 2013). After 100 s on 4.8 MB, read 1.6 times: 1.024 bits per byte without this, 0.996 with it.
+    counts include the very place that is read, in two others. (Contexts share counters as they share rows, so some are taken for known that
+    are not.) Nor do rare contexts, which are most, fill the table (admission by count: McMahan et al. 2013). After 100 s on 4.8 MB, read 1.6
+    times: 1.024 bits per byte without this, 0.996 with it.
 
     The vectors of a position's contexts are added, so the gradient of the sum is the gradient of each: nothing needs to go through autograd,
     no gradient of the table's size or sparse tensor is ever made. Row-wise Adagrad (Duchi et al. 2011; one number per row as in DLRM, Naumov
