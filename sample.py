@@ -491,12 +491,12 @@ def rubric(texts, ref):
 def shortfall(texts, real, ref):
     """How far each text falls short of what real stories have on average, in standard deviations, summed over the rows. -> (texts,)
 
-    With it the rubric chooses among several tellings (best of n). Rows that a text gives no occasion for count nothing; those about where a
-    story was cut are left out. Whoever chooses by a rubric can no longer judge by it: that takes readers (README, "The best of eight").
+    With it the rubric chooses among several tellings (best of n). A row that a text gives no occasion for counts nothing, but being short
+    does. Whoever chooses by a rubric can no longer judge by it: that takes readers (README, "The best of eight").
     """
     total = np.zeros(len(texts))
     for row, better in ROWS:
-        if row not in (known_words, length, ends):
+        if row is not ends:  # most real stories are longer than LENGTH, but one that comes to its end sooner is no worse
             values = np.array([row(text, ref) for text in [*real, *texts]], float)  # None becomes nan
             if np.isfinite(values[: len(real)]).any():
                 missing = np.nanmean(values[: len(real)]) - values[len(real) :]
