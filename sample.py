@@ -5,7 +5,6 @@ that moment (shallow fusion) so that the bits per byte fall; why that can make t
 counting what goes wrong (a rubric), and by asking someone who does not know which is whose (a blind judge). The commands:
 
     python sample.py --prompt "One day, a cat" --n 3          stories
-    python sample.py --best 8                                 each the best of eight, by the rubric
     python sample.py --fuse ngram,knn,cache --score           what fusion does to the bits per byte
     python sample.py --rubric out out+ngram+knn+cache         what it does to the stories, in numbers
     python sample.py --judge out out+ngram+knn+cache          and in your own eyes, blind
@@ -241,18 +240,6 @@ class Library:
             return fusion if given else fusion.fit(slices(text.valid)[1])
         return self.once(("fusion", out, names), make)
 
-    def reference(self):
-        def learn():
-            print("reading the training text ...", file=sys.stderr, flush=True)
-            return Reference(self.text().train)
-        return self.once("reference", learn)
-
-    def best(self, told):
-        """Of several tellings of each story, the one that is least unlike real stories. list of lists of str -> list of str"""
-        real = [story[:LENGTH].decode("utf-8", "ignore") for story in self.prompts(200)[1]]
-        score = shortfall([text[:LENGTH] for several in told for text in several], real, self.reference())
-        return [several[i] for several, i in zip(told, score.reshape(len(told), -1).argmin(1))]
-
     def prompts(self, n):
         """n beginnings of validation stories, and the stories. -> list of bytes, list of bytes"""
         real = [story for story in cut_at_ends(self.text().valid) if len(story) > 200][:n]
@@ -276,12 +263,8 @@ class Library:
                 counting, bar = self.ngram(), tqdm(prompts, "ngram", disable=not sys.stderr.isatty())
                 found = [counting.generate(p, LENGTH - len(p), self.args.temperature, i) for i, p in enumerate(bar)]
             else:
-                model, fusion, k = self.model(name)[0], self.fusion(name, tuple(heads)) if heads else None, self.args.best
-                prompts = [prompt for prompt in prompts for _ in range(k)]
+                model, fusion = self.model(name)[0], self.fusion(name, tuple(heads)) if heads else None
                 found = stories(model, prompts, LENGTH, self.args.temperature, self.args.top_p, self.args.seed, fusion)
-                if k > 1:
-                    texts = [story.decode("utf-8", "ignore") for story in found]
-                    return self.best([texts[i : i + k] for i in range(0, len(texts), k)])
             return [story[:LENGTH].decode("utf-8", "ignore") for story in found]
         return self.once(("stories", spec, n), write)
 
@@ -488,23 +471,6 @@ def rubric(texts, ref):
     return table
 
 
-def shortfall(texts, real, ref):
-    """How far each text falls short of what real stories have on average, in standard deviations, summed over the rows. -> (texts,)
-
-    With it the rubric chooses among several tellings (best of n). A row that a text gives no occasion for counts nothing, but being short
-    does. Whoever chooses by a rubric can no longer judge by it: that takes readers (README, "The best of eight").
-    """
-    total = np.zeros(len(texts))
-    for row, better in ROWS:
-        if row is not ends:  # most real stories are longer than LENGTH, but one that comes to its end sooner is no worse
-            values = np.array([row(text, ref) for text in [*real, *texts]], float)  # None becomes nan
-            if np.isfinite(values[: len(real)]).any():
-                missing = np.nanmean(values[: len(real)]) - values[len(real) :]
-                missing = np.abs(missing) if better == 0 else np.maximum(better * missing, 0)
-                total += np.nan_to_num(missing / (np.nanstd(values) + 1e-9))
-    return total
-
-
 def shuffled(texts):
     """The same sentences, each story's taken from others: sentence i of story s comes from story s + i. Fluent, without a thread."""
     cut = [re.findall(r"[^.!?]+[.!?]+[\"']?\s*", text) or [text] for text in texts]
@@ -512,7 +478,7 @@ def shuffled(texts):
 
 
 def show_rubric(library, specs):
-    ref = library.reference()
+    ref = Reference(library.text().train)
     columns = {"real": library.stories("real"), "shuffled": shuffled(library.stories("real")), "ngram": library.stories("ngram")}
     for spec in specs:
         columns[spec] = library.stories(spec)
@@ -727,7 +693,6 @@ def parse_arguments(argv):
     parser.add_argument("--length", type=int, default=2000, metavar="N", help="bytes after which a story is cut (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.45, metavar="T", help="below 1: safer, 0: always the likeliest (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest bytes with so much probability (default: all)")
-    parser.add_argument("--best", type=int, default=1, metavar="K", help="tell each story K times and keep the best by the rubric (default: 1)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", metavar="NAME",
                         help="auto, cpu, cuda, mps (default: %(default)s)")
@@ -745,8 +710,6 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.n is not None and args.n < 1:
         raise Problem(f"--n {args.n}: give at least 1")
-    if args.best < 1:
-        raise Problem(f"--best {args.best}: give at least 1; 8 is a good start")
     if args.length < 1:
         raise Problem(f"--length {args.length}: give at least 1")
     if not 0 <= args.temperature <= 100:
@@ -789,11 +752,7 @@ def main(argv=None):
     for i in range(args.n or 5):
         if i:
             print(f"\n{SEPARATOR.decode()}")
-        if args.best > 1:
-            told = stories(model, [prompt] * args.best, args.length, args.temperature, args.top_p, args.seed + i, fusion)
-            write(printable(library.best([[story.decode("utf-8", "replace") for story in told]])[0]))
-        else:
-            write_story(model, prompt, args, generator, fusion, write)
+        write_story(model, prompt, args, generator, fusion, write)
     print()
 
 
