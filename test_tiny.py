@@ -997,9 +997,10 @@ def test_gradients_that_are_no_numbers_are_skipped_and_counted(tiny_runs, monkey
 
 @slow
 def test_ends_on_time_under_load(tmp_path, long_file):
+    (tmp_path / "valid.txt").write_bytes(data.invent(20, seed=1))
     hog = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     try:
-        out = script("tiny.py", "--data", long_file, *SMALL, "--minutes", "0.3", "--out", tmp_path / "o").stdout
+        out = script("tiny.py", "--data", long_file, "--valid", tmp_path / "valid.txt", *SMALL, "--minutes", "0.3", "--out", tmp_path / "o").stdout
     finally:
         for process in hog:
             process.kill()
@@ -1029,7 +1030,7 @@ def test_a_run_ends_when_it_has_read_its_text_twice(tiny_runs, stories_file, mon
     monkeypatch.setattr(tiny, "LEAST", 0)
     learn, factors = tiny.learn, []
     monkeypatch.setattr(tiny, "learn", lambda *rest: factors.append(rest[-1]) or learn(*rest))
-    tiny_runs("o", "--minutes", 5)
+    tiny_runs("o", "--minutes", 5, "--size", "small")
     told, twice = capsys.readouterr(), 2 * len(data.load([stories_file]).train)
     facts = closing_block(told.out)
     assert twice <= int(facts["bytes_seen"]) < twice + 8 * 64 and float(facts["seconds"]) < 100

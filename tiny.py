@@ -549,8 +549,8 @@ def evaluate(model, text, every=1):
 # ---- 5. A step, and when it is the last ----------------------------------------------------------------------------------------------
 
 MEMORY_RATE = 0.4  # 0.05, with a sum begun at 0: 0.889 bpb after five minutes instead of 0.878
-READINGS = 2  # A run ends when it has read its text so often: 2.4 MB give 1.02 bpb after two readings, 1.16 after three and a half; but it
-LEAST = 500_000  # reads so many bytes twice at least, for a net needs steps
+READINGS = 2  # A run ends when it has read its text so often: 2.4 MB give 1.02 bpb after two readings, 1.16 after three and a half
+LEAST = 500_000  # a smaller text is read as often as if it had so many bytes, for a net needs steps
 DISTILL_WEIGHT = 0.6
 PAUSE = 30.0  # a step that takes longer, and ten times as long as any before, was slept through
 
@@ -596,6 +596,11 @@ def learn(net, opts, window, teacher, factor):
     if finite:
         model.memory.step(MEMORY_RATE * factor)
     return loss.detach() if finite else None
+
+
+def enough(text):
+    """Bytes after which a run on this text ends, though there be time left."""
+    return READINGS * max(len(text), LEAST)
 
 
 class Clock:
@@ -779,7 +784,8 @@ def sized(args, name):
 
 
 def pick_size(args, text, device, seconds):
-    """The largest size of which this machine makes ENOUGH steps in `seconds`, by timing a few of each. -> settings, the reason"""
+    """The largest size of which this machine makes ENOUGH steps in `seconds`, by timing a few of each, and before the text was read READINGS
+    times. -> settings, the reason"""
     if args.size != "auto":
         return sized(args, args.size), f"size {args.size}, as asked"
     if args.steps or dist.is_initialized():
@@ -794,12 +800,12 @@ def pick_size(args, text, device, seconds):
             loss = learn(model, opts, *batches.get(False), 1.0)
             loss is None or loss.item()  # wait for a GPU
             took.append(time.monotonic() - began)
-        steps = seconds / sorted(took)[1]
+        steps = min(seconds / sorted(took)[1], enough(text) / setting["batch"] / setting["context"])
         told.append(f"{name} {steps:,.0f}")
         if steps < ENOUGH:
             break
         chosen = name
-    return sized(args, chosen), f"size {chosen}; steps that fit the time: {', '.join(told)}; more than small needs {ENOUGH:,}"
+    return sized(args, chosen), f"size {chosen}; steps that fit: {', '.join(told)}; more than small needs {ENOUGH:,}"
 
 
 def processes():
@@ -898,7 +904,6 @@ def train(args):
     batches = Batches(text.train, args.batch, args.context, ngram, args.seed, rank, world, now["step"])
 
     seen = lambda: now["step"] * args.batch * args.context * world
-    enough = READINGS * max(len(text.train), LEAST)
 
     def facts(bpb):
         return dict(val_bpb=round(bpb, 4), ngram_bpb=level and round(level, 4), seconds=round(clock(), 1), steps=now["step"],
@@ -924,7 +929,7 @@ def train(args):
     bar = tqdm(total=args.steps or round(budget), unit=" steps" if args.steps else "s", file=sys.stderr,
                disable=args.quiet or rank or not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {n:.0f}/{total}{unit}{postfix}")
     while True:
-        progress = now["step"] / args.steps if args.steps else max(clock() / (budget - now["reserve"]), seen() / enough)
+        progress = now["step"] / args.steps if args.steps else max(clock() / (budget - now["reserve"]), seen() / enough(text.train))
         progress, stopped = agreed(progress, bool(stop))
         if progress >= 1 or stopped:
             break
@@ -985,7 +990,7 @@ def train(args):
     for key, value in told.items():
         print(f"{key}: {'none' if value is None else value}")
     say(f"\n{story}\n\nmore: python sample.py --out {args.out}")
-    if not args.steps and seen() >= enough:
+    if not args.steps and seen() >= enough(text.train):
         print(f"NOTICE: the text was read {seen() / len(text.train):.1f} times in {clock():.0f} s; then a net begins to learn it by heart, so the "
               "run ended. Longer runs need more text: --data, --megabytes", file=sys.stderr)
 
