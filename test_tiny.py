@@ -996,11 +996,11 @@ def test_gradients_that_are_no_numbers_are_skipped_and_counted(tiny_runs, monkey
 
 
 @slow
-def test_ends_on_time_under_load(tmp_path, long_file):
+def test_ends_on_time_under_load(tmp_path, stories_file):
     (tmp_path / "valid.txt").write_bytes(data.invent(20, seed=1))
     hog = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     try:
-        out = script("tiny.py", "--data", long_file, "--valid", tmp_path / "valid.txt", *SMALL, "--minutes", "0.3", "--out", tmp_path / "o").stdout
+        out = script("tiny.py", "--data", stories_file, "--valid", tmp_path / "valid.txt", *SMALL, "--minutes", "0.3", "--out", tmp_path / "o").stdout
     finally:
         for process in hog:
             process.kill()
