@@ -198,8 +198,8 @@ class Memory(nn.Module):
         self.again = False  # whether the text to learn from has been read before
         self.register_buffer("table", torch.zeros(rows, width))
         self.register_buffer("count", torch.zeros(2**SLOTS, dtype=torch.uint8))  # places where a context stood, up to 255
-        # The sum of a row's mean squared gradients. Begun at 0, the first step would be a whole one whatever the gradient, and what stood in two
-        # places would be believed at once.
+        # The sum of a row's mean squared gradients. If it began at 0, a row's first step would be as long however small the gradient: what stood
+        # in two places would be believed at once.
         self.register_buffer("pushed", torch.full((rows,), 0.03), persistent=False)
 
     def forward(self, hashes):
@@ -463,6 +463,10 @@ def orthogonalize(x):
 
 # ---- 4. What is trained on, and how it is judged -------------------------------------------------------------------------------------
 
+READINGS = 2  # A run ends when it has read its text so often, for then it begins to learn it by heart: 1 MB, 1.14 bpb then, 1.56 after five
+LEAST = 250_000  # A text of fewer bytes is read more often, as far as this one would be: 160 kB, 1.58 bpb after three readings, 1.71 after two
+
+
 class Batches:
     """Windows of the text, in an order drawn anew for each reading, and what the teacher says about them. Made one ahead by a thread, while the
     net computes.
@@ -478,6 +482,7 @@ class Batches:
         self.batch, self.context, self.teacher, self.seed, self.step = batch, context, teacher, (seed, rank), step
         self.low, self.high = ((len(self.text) - context) * r // world for r in (rank, rank + 1))
         self.per_reading = max(1, (len(self.text) - context) // world // (context * batch))  # steps that read the text once
+        self.most = READINGS * max(self.per_reading, LEAST // world // (context * batch))  # steps after which a run against the clock ends
         self.pool = ThreadPoolExecutor(1)
         self.next = self.drawn = None
 
@@ -549,8 +554,6 @@ def evaluate(model, text, every=1):
 # ---- 5. A step, and when it is the last ----------------------------------------------------------------------------------------------
 
 MEMORY_RATE = 0.4  # 0.05, with a sum begun at 0: 0.889 bpb after five minutes instead of 0.878
-READINGS = 2  # A run ends when it has read its text so often: 2.4 MB give 1.02 bpb after two readings, 1.16 after three and a half
-LEAST = 500_000  # a smaller text is read as often as if it had so many bytes, for a net needs steps
 DISTILL_WEIGHT = 0.6
 PAUSE = 30.0  # a step that takes longer, and ten times as long as any before, was slept through
 
@@ -596,11 +599,6 @@ def learn(net, opts, window, teacher, factor):
     if finite:
         model.memory.step(MEMORY_RATE * factor)
     return loss.detach() if finite else None
-
-
-def enough(text):
-    """Bytes after which a run on this text ends, though there be time left."""
-    return READINGS * max(len(text), LEAST)
 
 
 class Clock:
@@ -784,8 +782,8 @@ def sized(args, name):
 
 
 def pick_size(args, text, device, seconds):
-    """The largest size of which this machine makes ENOUGH steps in `seconds`, by timing a few of each, and before the text was read READINGS
-    times. -> settings, the reason"""
+    """The largest size of which this machine makes ENOUGH steps in `seconds`, by timing a few of each, and the text is long enough for so many.
+    -> settings, the reason"""
     if args.size != "auto":
         return sized(args, args.size), f"size {args.size}, as asked"
     if args.steps or dist.is_initialized():
@@ -800,7 +798,7 @@ def pick_size(args, text, device, seconds):
             loss = learn(model, opts, *batches.get(False), 1.0)
             loss is None or loss.item()  # wait for a GPU
             took.append(time.monotonic() - began)
-        steps = min(seconds / sorted(took)[1], enough(text) / setting["batch"] / setting["context"])
+        steps = min(seconds / sorted(took)[1], batches.most)
         told.append(f"{name} {steps:,.0f}")
         if steps < ENOUGH:
             break
@@ -929,7 +927,7 @@ def train(args):
     bar = tqdm(total=args.steps or round(budget), unit=" steps" if args.steps else "s", file=sys.stderr,
                disable=args.quiet or rank or not sys.stderr.isatty(), bar_format="{l_bar}{bar}| {n:.0f}/{total}{unit}{postfix}")
     while True:
-        progress = now["step"] / args.steps if args.steps else max(clock() / (budget - now["reserve"]), seen() / enough(text.train))
+        progress = now["step"] / args.steps if args.steps else max(clock() / (budget - now["reserve"]), now["step"] / batches.most)
         progress, stopped = agreed(progress, bool(stop))
         if progress >= 1 or stopped:
             break
@@ -990,7 +988,7 @@ def train(args):
     for key, value in told.items():
         print(f"{key}: {'none' if value is None else value}")
     say(f"\n{story}\n\nmore: python sample.py --out {args.out}")
-    if not args.steps and seen() >= enough(text.train):
+    if not args.steps and now["step"] >= batches.most:
         print(f"NOTICE: the text was read {seen() / len(text.train):.1f} times in {clock():.0f} s; then a net begins to learn it by heart, so the "
               "run ended. Longer runs need more text: --data, --megabytes", file=sys.stderr)
 
