@@ -1,192 +1,242 @@
-"""Count bytes, predict bytes: n-gram models in numpy, up to interpolated modified Kneser-Ney.
+"""Count bytes, predict bytes: n-gram models, up to interpolated modified Kneser-Ney.
 
-By the end of this file you know how a language model is made by counting alone, why it must keep some probability for what it has never
-seen, why it asks "after how many different contexts have I met this byte?" instead of "how often?", and how to do all of it for tens of
-millions of n-grams in a few seconds without a Python loop over bytes. The one command:
+By the end of this file you know how a language model is made by counting alone, why it must keep
+some probability for what it has never seen, and why Kneser-Ney asks "after how many different
+bytes?" instead of "how often?". Sections 1 and 2 are the whole idea, with dictionaries. Sections 3
+and 4 do the same for tens of millions of n-grams in seconds. The one command:
 
-    python ngram.py --data stories.txt        counts, scores several orders on held-out text, writes a story
+    python ngram.py --data stories.txt   counts, scores several orders, writes a story
 
-Terms (Chen & Goodman, "An empirical study of smoothing techniques for language modeling", 1999): an *n-gram* is n bytes in a row, its
-first n-1 bytes are the *context* h, its last byte the *follower* w; the model's *order* is the longest n it uses. Axes: N positions asked
-about, E n-grams that follow the contexts of those positions, 256 byte values. The class needs numpy alone and can be copied with this file.
+Terms (Chen & Goodman, "An empirical study of smoothing techniques for language modeling", 1999):
+an *n-gram* is n bytes in a row. Its last byte is the *follower* w, the n-1 bytes before it are the
+*context* h. A model's *order* is the longest n it uses. Axes of the arrays: N positions asked
+about, R of them whose context is known, E followers of those contexts.
 """
 import argparse
 import os
-import sys
 import time
+from collections import Counter, namedtuple
 
 import numpy as np
 
 END = 0  # the byte between stories; no context reaches back beyond it
-DENSE = 3  # orders 1..3 have so few contexts (some thousand) that their distributions are worked out once and kept as a table
 
 
-# ---- 1. From counts to probabilities -------------------------------------------------------------------------------------------------
-# Count how often each byte w followed each context h: c(h w). The obvious model is p(w | h) = c(h w) / c(h), and it is useless: any text
-# has something new in it, the model says 0, and one 0 makes the whole text impossible (infinitely many bits). So every byte seen must give
-# up a little for those not seen. All the models here have one form:
+# ---- 1. The textbook model -----------------------------------------------------------------------
+# Count how often each byte w followed each context h: c(h w). The obvious model is
+# p(w | h) = c(h w) / c(h), and it is useless. Any text has something new in it, the model says 0,
+# and one 0 makes the whole text impossible. So every byte seen must give up a little for those not
+# seen. All seven models here do it by one formula, for n = 1, 2, ... up to the order:
 #
-#       p_n(w | h) = (c(h w) - discount) / denominator  +  handed / denominator * p_{n-1}(w | h without its farthest byte)
+#     p_n(w | h) = (c(h w) - discount) / denominator  +  handed / denominator * p_{n-1}(w | h')
 #
-# What was taken from the counts is what is handed down to the next shorter context, so each distribution sums to 1; below order 1 stands
-# the uniform distribution, 1/256. "the quick brown f" may be new, but "brown f" was seen, and if not, "n f". They differ in how much to
-# hand down, and in what a count is.
+#     discount     what this count gives up
+#     added        made-up counts, for what has not been seen
+#     handed       what the shorter context may give out: all discounts after h, and what was added
+#     denominator  c(h) + added
+#     h'           h without its farthest byte; below order 1 stands the uniform p_0 = 1/256
+#
+# What is taken here is handed down there, so each distribution sums to 1. "quick brown f" may be
+# new, but "brown f" was seen, and if not, "n f". What differs is `smooth`, and for both Kneser-Neys
+# what is counted (section 2).
 
-SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute", "kneser-ney", "modified-kneser-ney")
+class Textbook:
+    """An n-gram model made of dictionaries. Slow and short; the tests hold NGram against it."""
+
+    def __init__(self, text, order, smoothing, constants=None, left_out=None):
+        """Count text (bytes), all but the byte at position left_out.
+
+        constants: for each order what `smooth` needs; None: estimated from these counts.
+        """
+        self.order = order
+        self.smoothing = smoothing
+        positions = [i for i in range(len(text)) if i != left_out]
+        counts = {}  # counts[n][h, w]: the count of w after the n-1 bytes h
+        for n in range(order, 0, -1):
+            if n < order and smoothing in KNESER_NEY:
+                counts[n] = continuation_counts(counts[n + 1])
+            else:
+                counts[n] = Counter((context_before(text, i, n), text[i]) for i in positions)
+        if constants is None:
+            constants = {n: discounts(smoothing, list(counts[n].values())) for n in counts}
+        self.constants = constants
+        self.followers = {}  # followers[h][w]: the same counts, by context
+        for n in counts:
+            for (context, byte), count in counts[n].items():
+                self.followers.setdefault(context, {})[byte] = count
+
+    def distribution(self, text, i):
+        """The distribution of byte i of text (bytes), given the bytes before it. -> (256,)"""
+        p = np.full(256, 1 / 256)
+        for n in orders_mixed(self.smoothing, self.order):
+            followers = self.followers.get(context_before(text, i, n))
+            if followers is None:
+                break  # unknown: what the shorter context says stands, and longer ones are new too
+            count = np.array(list(followers.values()))
+            discount, added = smooth(self.smoothing, count, len(count), self.constants[n])
+            denominator = count.sum() + added
+            handed = discount.sum() + added
+            p *= handed / denominator
+            p[list(followers)] += (count - discount) / denominator
+        return p
 
 
-def smooth(smoothing, count, first, learned):
-    """Say what each count gives up. count (E,) int64: the n-grams of N contexts, side by side; first (N,): where each context's begin.
+def context_before(text, i, n):
+    """The n-1 bytes before position i of text (bytes). Beyond the story's beginning all are END.
 
-    learned: what `fit` found out about this order. -> discount (E,), handed (N,), denominator (N,)
+    So a story's first bytes are predicted from the first bytes of all others, never from the story
+    that happens to stand before it.
     """
-    total = np.add.reduceat(count, first)  # c(h)
+    story = text[max(0, i - n + 1) : i].rpartition(b"\0")[2]
+    return story.rjust(n - 1, b"\0")
+
+
+KNESER_NEY = ("kneser-ney", "modified-kneser-ney")
+SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute")
+SMOOTHINGS += KNESER_NEY
+K = 0.01  # of add-k
+
+
+def smooth(smoothing, count, different, constants):
+    """All in which the seven smoothings differ. -> discount (E,), added: a number or (R,)
+
+    count (E,) integers: the followers of a context, or of R contexts side by side; different: how
+    many different followers a context has, a number or (R,); constants (4,): see `discounts`.
+    """
+    none = np.zeros(len(count))
     if smoothing == "maximum-likelihood":  # nothing: what was never seen is impossible
-        return 0, np.zeros(len(first), np.float32), total
-    if smoothing == "add-k":  # as if each of the 256 bytes had been seen k times more; 1/256 of that is p_0 (Laplace, with k = 1)
-        k = 0.01
-        return 0, np.full(len(first), 256 * k, np.float32), total + 256 * k
-    if smoothing == "jelinek-mercer":  # one weight per order, learned: how far this order is to be trusted (Jelinek & Mercer 1980)
-        return count * (1 - learned[0]), total * (1 - learned[0]), total
-    if smoothing == "witten-bell":  # "something new" is an event too; it happened once for each different follower (Witten & Bell 1991)
-        different = np.add.reduceat((count > 0).astype(np.int64), first)
-        return 0, different, total + different
-    # Absolute discounting (Ney, Essen & Kneser 1994) and both Kneser-Neys: every count gives up a constant, as text not yet seen repeats
-    # an n-gram that was seen c times not c but about c - 0.75 times as often. Modified Kneser-Ney has three constants, for 1, 2 and more.
-    discount = learned[np.minimum(count, 3)]
-    return discount, np.add.reduceat(discount, first), total
+        return none, 0
+    if smoothing == "add-k":  # as if each of the 256 bytes had been seen K times more
+        return none, 256 * K
+    if smoothing == "jelinek-mercer":  # a fixed share of every count (Jelinek & Mercer 1980)
+        return count * constants[0], 0
+    if smoothing == "witten-bell":  # "something new" has happened too (Witten & Bell 1991):
+        return none, different  # once for each different follower
+    # Absolute discounting (Ney, Essen & Kneser 1994) and both Kneser-Neys: a constant. In new text
+    # an n-gram seen c times comes back not c times but about c - 0.75 times as often. Modified
+    # Kneser-Ney has three constants: for counts of 1, of 2, and of 3 or more.
+    return constants[np.minimum(count, 3)], 0
 
 
-def discounts(count, smoothing):
-    """The constants, from how many n-grams were counted once, twice, ...: (n-grams,) -> what a count of 0, 1, 2, and 3 or more gives up.
+def orders_mixed(smoothing, order):
+    """The orders that the formula runs through. Add-k mixes the highest with p_0 alone."""
+    if smoothing == "add-k":
+        return [order]
+    return range(1, order + 1)
 
-    They estimate by how much a count in one half of a text is above that in the other half (Chen & Goodman 1999, equations 17 and 26).
-    Kept between 0.01 and c: a discount of 0 would let unseen bytes have probability 0, one above c would make a probability negative.
+
+def discounts(smoothing, count):
+    """What counts of 0, 1, 2, and 3 or more give up. count: of all n-grams of an order. -> (4,)
+
+    Estimated from how many n-grams were met once, twice, ... (Chen & Goodman 1999, equations 17
+    and 26). Kept between 0.01, as new text must stay possible, and the count itself.
+    Jelinek-Mercer's is a share of the count: a half, until `fit` learns it.
     """
-    n = np.bincount(np.minimum(count, 5), minlength=6).astype(float)
+    if smoothing == "jelinek-mercer":
+        return np.full(4, 0.5)
+    n = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # n[c]: n-grams met c times
     y = n[1] / max(1, n[1] + 2 * n[2])
+    found = np.array([0, y, y, y])
     if smoothing == "modified-kneser-ney":
-        found = [c - (c + 1) * y * n[c + 1] / max(1, n[c]) for c in (1, 2, 3)]
-    else:
-        found = [y, y, y]
-    return np.array([0] + [min(max(d, 0.01), c) for c, d in zip((1, 2, 3), found)], np.float32)
+        for c in (1, 2, 3):
+            found[c] = c - (c + 1) * y * n[c + 1] / max(1, n[c])
+    return found.clip([0, 0.01, 0.01, 0.01], [0, 1, 2, 3])
 
 
-# And Kneser-Ney's question (1995). A shorter context matters most where the longer one knows little. "Francisco" is frequent, so after an
-# unknown "my " a plain count offers it; but it was only ever met after "San ". What counts below the top order is therefore not how often
-# w followed h, but after how many *different* bytes "h w" was met, its continuation count:
+# ---- 2. Kneser-Ney's question --------------------------------------------------------------------
+# A shorter context is asked where the longer one knows little (Kneser & Ney 1995). "Francisco" is
+# frequent, so after an unknown "big " a plain count offers it. But it was only ever met after
+# "San ". Below the highest order they therefore count not how often w followed h, but after how
+# many *different* bytes "h w" was met:
 #
-#       text:   San Francisco, San Francisco, San Francisco, my dog, a dog, the dog
-#       counts:                      " F": 3, " d": 3         how often?
-#       continuation counts:         " F": 1, " d": 3         after how many different bytes?  (n; y, a, e)
-#
-# In bytes: "h w" gets 1 for every different byte that stands before it somewhere. Sweep the models (--sweep) to see what that is worth.
+#     text:                San Francisco, San Francisco, San Francisco, my dog, a dog, the dog
+#     counts:              " F" 3, " d" 3     how often?
+#     continuation counts: " F" 1, " d" 3     after how many different bytes?  (n; y, a, e)
+
+def continuation_counts(longer):
+    """The counts of order n + 1, {(context, byte): count} -> the continuation counts of order n.
+
+    Each different longer n-gram is one byte before the shorter one:
+
+    >>> text = b"San Francisco, San Francisco, San Francisco, my dog, a dog, the dog"
+    >>> for smoothing in ("absolute", "kneser-ney"):
+    ...     p = Textbook(text, 3, smoothing).distribution(b"big ", 4)
+    ...     print(f"{smoothing:10}   F {p[ord('F')]:.2f}   d {p[ord('d')]:.2f}")
+    absolute     F 0.22   d 0.22
+    kneser-ney   F 0.03   d 0.28
+    """
+    return Counter((context[1:], byte) for context, byte in longer)
 
 
-# ---- 2. Contexts as numbers ----------------------------------------------------------------------------------------------------------
-# A context of any length becomes one 64-bit number, so that "the same context" is "the same number":
+# ---- 3. Contexts as numbers ----------------------------------------------------------------------
+# From here on the subject is speed: no Python loop over bytes, only sorting and arrays. The context
+# of t bytes before position i becomes one 64-bit number:
 #
-#       hash(context of t bytes before i) = sum over s = 1..t of (data[i-s] + 1) * ODD^s      modulo 2^64
+#     hash = sum over s = 1 ... t of (data[i-s] + 1) * ODD^s      modulo 2^64
 #
-# One byte more is one term more; taking the farthest byte away again is one subtraction. Counting uses both directions.
+# One byte more is one term more. Taking the farthest byte away again is one subtraction.
 
-ODD = 0x9E3779B97F4A7C15  # multiplying by an odd number modulo 2^64 loses nothing; this one is 2^64 / golden ratio (Knuth)
-POWERS = [np.uint64(pow(ODD, s, 2**64)) for s in range(256)]
+LONGEST = 255  # the highest order
+ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio (Knuth); odd, so that multiplying loses nothing
+POWERS = [np.uint64(pow(ODD, s, 2**64)) for s in range(LONGEST + 1)]
+LOW_BYTE = np.uint64(255)
+
+
+def as_array(data):
+    """bytes or (n,) uint8 -> (n,) uint8"""
+    if isinstance(data, (bytes, bytearray)):
+        return np.frombuffer(data, np.uint8)
+    return np.asarray(data, np.uint8)
 
 
 def byte_before(data, positions, t):
-    """The byte t places before each position; END where the data has not begun yet. (N,) uint8 -> (N,) uint8."""
+    """The byte t places before each position, END before the beginning. -> (N,) uint8"""
     byte = data[np.maximum(positions - t, 0)]
     byte[positions < t] = END
     return byte
 
 
-def context_hashes(data, positions, longest):
-    """Yield for t = 1..longest the hash of the t bytes before each position (N,) uint64, and whether byte t was still in the story (N,) bool.
-    They are the same two arrays each time, changed in place: copy what is to be kept.
+def term(byte, t):
+    """What a byte adds to the hash when it stands t places back. (N,) uint8 -> (N,) uint64"""
+    return (byte + np.uint64(1)) * POWERS[t]
 
-    Beyond the END that a story starts with there is padding that adds nothing: a story's first bytes are predicted from the beginnings of
-    all other stories (the "<s>" of the literature), never from the last words of the story that happens to stand before it.
+
+def context_hashes(data, positions, longest):
+    """Yield for t = 0 ... longest the hash of the t bytes before each position, (N,) uint64, and
+    inside, (N,) bool: is byte t in the story, or the END just before it? Beyond that nothing is
+    added. Both arrays change in place: copy what is to be kept.
     """
-    h, inside = np.zeros(len(positions), np.uint64), np.ones(len(positions), bool)
+    h = np.zeros(len(positions), np.uint64)
+    inside = np.ones(len(positions), bool)
+    yield h, inside
     for t in range(1, longest + 1):
         byte = byte_before(data, positions, t)
-        h += (byte + np.uint64(1)) * POWERS[t] * inside
+        h += term(byte, t) * inside
         yield h, inside
         inside &= byte != END
 
 
 def mix(h):
-    """Spread a hash evenly over its 64 bits: look-ups use the high bits as an address, and a sum of products is too regular for that."""
+    """Spread a hash evenly over its 64 bits, since a sum of products is too regular."""
     h = (h ^ (h >> np.uint64(32))) * POWERS[2]
     return (h ^ (h >> np.uint64(32))) * POWERS[1]
 
 
-def runs(sorted_array):
-    """Where each run of equal values begins in a sorted array. (n,) -> (number of distinct values,) int64."""
-    new = np.ones(len(sorted_array), bool)
-    np.not_equal(sorted_array[1:], sorted_array[:-1], out=new[1:])
+def run_starts(values):
+    """Where each run of equal values begins in a sorted array. (n,) -> (different values,) int64"""
+    new = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=new[1:])
     return np.flatnonzero(new)
 
 
-# ---- 3. One order's counts -----------------------------------------------------------------------------------------------------------
+def one_of_each(keys):
+    """The index of one key of each value. (n,) uint64 -> (different values,) int64
 
-class Counts:
-    """The n-grams of one order: for every context its followers and how often each was counted.
-
-    Layout, with the followers of one context side by side and the contexts in the order of their hashes:
-
-        bucket  (2^bits + 1,) uint32   the hash's top bits -> where contexts with these bits begin
-        tag     (contexts,)   uint32   32 more bits of the hash, to tell the one or two contexts of a bucket apart
-        start   (contexts + 1,) uint32 where a context's followers begin
-        byte    (n-grams,)    uint8    the follower
-        count   (n-grams,)    uint8 to uint32, as the largest needs: its count
-
-    Hashes are spread evenly, so the top bits alone lead to within a place or two (at worst about eight) of the right context: no binary
-    search, no collisions to chain. A wrong context passes for the right one once in 2^32 look-ups.
+    numpy sorts numbers ten times faster than it finds their order (argsort). So the index is put
+    into the low bits, below a hash of the key, and both are sorted as one number. For 16 million
+    keys 40 bits are left to the hash: about a hundred share theirs with another, and are missed.
     """
-    __slots__ = "bits", "bucket", "tag", "start", "byte", "count"
-
-    def __init__(self, keys):
-        """keys: (n,) uint64, one per counted event, 56 bits of context hash and 8 bits of follower; sorted here, in place."""
-        keys.sort()  # equal n-grams now stand together, and so do the n-grams of one context
-        first = runs(keys)
-        self.count = np.diff(np.append(first, len(keys)))
-        self.count = self.count.astype(np.min_scalar_type(self.count.max()))  # counts of long n-grams fit 16 bits
-        keys = keys[first]
-        self.byte = keys.astype(np.uint8)
-        keys >>= np.uint64(8)
-        self.start = runs(keys).astype(np.uint32)
-        keys = keys[self.start]  # one per context now
-        self.start = np.append(self.start, np.uint32(len(self.byte)))
-        self.bits = max(1, int(len(keys)).bit_length())
-        self.tag = keys.astype(np.uint32)
-        self.bucket = np.searchsorted(keys >> np.uint64(56 - self.bits), np.arange(2**self.bits + 1, dtype=np.uint64)).astype(np.uint32)
-
-    def find(self, h):
-        """The index of each context with (mixed) hash h, or -1 if it was never counted. (N,) uint64 -> (N,) int64."""
-        top = (h >> np.uint64(64 - self.bits)).astype(np.int64)
-        tag = (h >> np.uint64(8)).astype(np.uint32)
-        at, end = self.bucket[top].astype(np.int64), self.bucket[top + 1]
-        found = np.full(len(h), -1)
-        left = np.flatnonzero(at < end)
-        while len(left):  # as often as the fullest bucket has contexts, for ever fewer positions
-            hit = self.tag[at[left]] == tag[left]
-            found[left[hit]] = at[left[hit]]
-            left = left[~hit]
-            at[left] += 1
-            left = left[at[left] < end[left]]
-        return found
-
-
-def distinct(keys):
-    """The index of one event of each different key. (n,) uint64 -> (different keys,) int64
-
-    Pack a hash of the key above the event's index and sort: the first of each run stands for the run. One number holds both, and numpy
-    sorts numbers ten times faster than it finds the order of pairs (argsort). With 2^24 events 40 bits are left for the hash, and of 16
-    million different keys about a hundred share theirs with another, so that as many continuation counts are missed.
-    """
-    width = np.uint64(max(1, len(keys).bit_length()))
+    width = np.uint64(len(keys).bit_length())
     packed = mix(keys)
     packed >>= width
     packed <<= width
@@ -194,319 +244,325 @@ def distinct(keys):
     packed.sort()
     index = packed & ((np.uint64(1) << width) - np.uint64(1))
     packed >>= width
-    return index[runs(packed)].astype(np.int64)
+    return index[run_starts(packed)].astype(np.int64)
 
 
-def learn_weights(p, kind, rounds=30):
-    """How far to trust each of several models, by expectation maximisation (Dempster, Laird & Rubin 1977; for n-grams Jelinek & Mercer 1980).
+class Counts(namedtuple("Counts", "bucket tag start byte count")):
+    """The n-grams of one order. The followers of a context stand side by side, the contexts are
+    sorted by their mixed hashes:
 
-    The last model is asked first: with its weight the byte comes from it, else from the one before, and so on; what is left is model 0's:
-    p = w_M p_M + (1 - w_M) (w_{M-1} p_{M-1} + (1 - w_{M-1}) (... p_0)).
-    p (N, M + 1): the probability that each model gave to the byte that came. kind (N, M + 1) integers: in which state each model was; each
-    state has a weight of its own, and state 0 means "nothing to say", weight 0. -> weight (M + 1, states)
-
-    E-step: with the weights so far, from which model did each byte probably come? M-step: a model's weight is the share that came from it
-    of the bytes that got as far as it. Each round makes the text likelier, until nothing changes.
+    bucket  (2^bits + 1,)   uint32    where the contexts with these top bits of the hash begin
+    tag     (contexts,)     uint32    32 more bits, to tell the contexts of a bucket apart
+    start   (contexts + 1,) uint32    where the followers of each context begin
+    byte    (n-grams,)      uint8     the follower
+    count   (n-grams,)      unsigned  how often it was counted, in as few bytes as the largest needs
     """
-    states = int(kind.max()) + 1
-    weight = np.full((p.shape[1], max(2, states)), 0.5)
-    weight[:, 0] = 0
-    for _ in range(rounds):
-        came, left = np.empty_like(p), np.ones(len(p))
-        for m in range(p.shape[1] - 1, 0, -1):
-            came[:, m] = left * weight[m, kind[:, m]]
-            left = left - came[:, m]
-        came[:, 0] = left
-        came *= p
-        came /= np.maximum(came.sum(1, keepdims=True), 1e-300)  # 0 only where every model said impossible
-        reached = np.cumsum(came, 1)
-        for m in range(1, p.shape[1]):
-            here, all_ = (np.bincount(kind[:, m], x[:, m], weight.shape[1]) for x in (came, reached))
-            weight[m] = here / np.maximum(all_, 1e-9)
-    return weight.clip(0, 0.99)  # below 1: what a model has never seen keeps some probability
+    @classmethod
+    def of(cls, events):
+        """events: (n,) uint64, one for each time that something is counted: 56 bits of the mixed
+        hash of the context, then 8 bits, the follower. Sorted in place. -> Counts"""
+        events.sort()
+        first = run_starts(events)
+        count = np.diff(first, append=len(events))
+        count = count.astype(np.min_scalar_type(count.max()))
+        grams = events[first]
+        byte = grams.astype(np.uint8)
+        grams >>= np.uint64(8)
+        first = run_starts(grams)
+        start = np.append(first, len(grams)).astype(np.uint32)
+        contexts = grams[first]
+        bits = len(contexts).bit_length()
+        tops = np.arange(2**bits + 1, dtype=np.uint64)
+        bucket = np.searchsorted(contexts >> np.uint64(56 - bits), tops).astype(np.uint32)
+        return cls(bucket, contexts.astype(np.uint32), start, byte, count)
+
+    def find(self, h):
+        """Mixed hashes (N,) uint64 -> the index of each context, (N,) int64; -1: unknown."""
+        bits = len(self.bucket).bit_length() - 1
+        top = (h >> np.uint64(64 - bits)).astype(np.int64)
+        tag = (h >> np.uint64(8)).astype(np.uint32)
+        place = self.bucket[top].astype(np.int64)
+        end = self.bucket[top + 1]
+        index = np.full(len(h), -1)
+        searching = np.flatnonzero(place < end)
+        while len(searching):  # one place on each time, until the bucket ends, for ever fewer
+            equal = self.tag[place[searching]] == tag[searching]
+            index[searching[equal]] = place[searching[equal]]
+            searching = searching[~equal]
+            place[searching] += 1
+            searching = searching[place[searching] < end[searching]]
+        return index
+
+    def followers(self, index):
+        """All followers of R contexts, side by side. index (R,) -> first (R,): where each context's
+        begin; of (E,): whose each is, 0 to R-1; byte (E,) uint8; count (E,) int64"""
+        begin = self.start[index].astype(np.int64)
+        size = self.start[index + 1] - begin
+        first = np.cumsum(size) - size
+        of = np.repeat(np.arange(len(size)), size)
+        at = np.arange(len(of)) + (begin - first)[of]
+        return first, of, self.byte[at], self.count[at].astype(np.int64)
 
 
-# ---- 4. The story so far -------------------------------------------------------------------------------------------------------------
-# What was counted stays as it is, but a story repeats itself: one that has met Lily will meet her again, though the counts know many names.
-# So a second, tiny model is asked as well: where has this story had the last 3 (4, 5, ... 12) bytes before, and what followed there? The
-# longest echo is asked first. How far it is trusted depends on its length, on how many places there are and on whether they agree; those
-# weights are learned. This is what compressors like PPM and paq do when they go on learning while they read (Cleary & Witten 1984).
+# ---- 4. The fast model ---------------------------------------------------------------------------
 
-ECHOES = (3, 4, 5, 6, 8, 12)  # how many bytes in a row must have been there before
-LATEST = 8  # so many of those places are asked, the latest ones
-REACH = 4096  # a longer story is remembered this far back, bytes
+def mixture_weights(p):
+    """The weights of several models whose mixture makes a text likeliest.
 
+    p (n, models): the probability that each model gave to each target. -> (models,), sum 1
 
-def echoes(text):
-    """Yield for each of ECHOES what followed the same bytes earlier in the same story. text: (n,) uint8, from the beginning of a story.
-
-    kind (n,): 0 no such place; 1, 2, 3 so many places (3: or more) and all agree; 4, 5 two or more places that do not
-    places (n,): how many; votes: a list of (positions, bytes that followed), each position at most once in each
+    Expectation maximisation (Dempster, Laird & Rubin 1977): a model's new weight is the share of
+    the targets that probably came from it. When no weight grows by more than 1e-5 of
+    itself, the mean log-likelihood is within 1e-5 of the best there is (Cover 1984).
     """
-    positions = np.arange(len(text))
-    story = np.cumsum(text == END) - (text == END)  # which story each byte is in
-    salt = story.astype(np.uint64) * POWERS[-1]  # the same bytes in another story are another context
-    for t, (h, _) in enumerate(context_hashes(text, positions, max(ECHOES)), 1):
-        if t not in ECHOES:
-            continue
-        key = mix(h + salt)
-        order = np.argsort(key, kind="stable")  # the places of a context side by side, in the order of the text
-        key = key[order]
-        places, agree, first, votes = np.zeros(len(text), np.int64), np.ones(len(text), bool), np.zeros(len(text), np.uint8), []
-        for back in range(1, LATEST + 1):
-            same = key[back:] == key[:-back]
-            now, byte = order[back:][same], text[order[:-back][same]]
-            if back == 1:
-                first[now] = byte
-            agree[now] &= first[now] == byte
-            places[now] += 1
-            votes.append((now, byte))
-        kind = np.minimum(places, 3)
-        yield np.where(agree, kind, kind + 2), places, votes
+    p = np.asarray(p, np.float64)
+    weights = np.full(p.shape[1], 1 / p.shape[1])
+    p = p[p.max(axis=1) > 0]  # what all models call impossible says nothing about them
+    if len(p) == 0:
+        return weights
+    for _ in range(20_000):
+        growth = (1 / (p @ weights)) @ p / len(p)
+        weights *= growth
+        if growth.max() < 1 + 1e-5:
+            break
+    return weights / weights.sum()
 
 
-# ---- 5. The model --------------------------------------------------------------------------------------------------------------------
+DENSE = 3  # contexts below this order are few, but have many followers: kept as a table
+SLICE = 1 << 14  # so many positions are worked on at a time
+
 
 class NGram:
-    """A counting language model over bytes. smoothing: one of SMOOTHINGS; order: the longest n-gram, 1 to 255."""
+    """A counting language model. smoothing: one of SMOOTHINGS; order: from 1 to 255.
+
+    data is bytes or (n,) uint8 everywhere, with END (0) between stories. Copy it with this file;
+    it needs numpy alone.
+    """
 
     def __init__(self, order=12, smoothing="modified-kneser-ney"):
-        if not 1 <= order < len(POWERS):
-            raise ValueError(f"order must be from 1 to {len(POWERS) - 1}, not {order}")
+        if not 1 <= order <= LONGEST:
+            raise ValueError(f"order must be from 1 to {LONGEST}, not {order}")
         if smoothing not in SMOOTHINGS:
             raise ValueError(f"smoothing must be one of {', '.join(SMOOTHINGS)}, not {smoothing}")
-        self.order, self.smoothing = order, smoothing
-        self.continuation = smoothing.endswith("kneser-ney")
-        self.row_of = np.full(65536, -1, np.int32)  # two bytes -> their row in dense, -1: not worked out
-        self.dense = np.zeros((0, 256), np.float32)
+        self.order = order
+        self.smoothing = smoothing
+        orders = orders_mixed(smoothing, order)
+        self.short = [n for n in orders if n <= DENSE]
+        self.long = [n for n in orders if n > DENSE]
+        self.counts = {}  # n -> Counts
+        self.constants = np.zeros((order + 1, 4))  # of each order, for `smooth`
 
     def fit(self, data):
-        """Count data, (n,) uint8. Returns self. Raises ValueError if there is nothing to count.
+        """Count data, bytes or (n,) uint8. -> self. Raises ValueError if there is nothing in it.
 
-        Sort the hashes of all n-grams of the top order: equal ones stand together, and the length of a run is the count. Then keep one
-        event of each run. There is now one event for each *different* n-gram, so counting n-1-grams over what is left gives exactly
-        their continuation counts, and over ever fewer events. (For plain counts all events are kept.)
+        Sorted, equal n-grams stand together, and the length of a run is the count. Kneser-Ney then
+        keeps one event of each run, that is of each *different* n-gram. Counting the shorter ones
+        in what is left gives exactly their continuation counts, over ever fewer events.
         """
-        data = np.ascontiguousarray(data, np.uint8)
+        data = as_array(data)
         if len(data) == 0:
             raise ValueError("nothing to count: the text is empty")
-        h = np.zeros(len(data), np.uint64)  # hash of each event's context
-        depth = np.zeros(len(data), np.uint8)  # how many bytes back the context reaches before padding begins
-        for a in range(0, len(data), 1 << 18):  # a slice at a time stays in the cache
-            here, some = slice(a, a + (1 << 18)), np.arange(a, min(a + (1 << 18), len(data)))
-            for hashed, inside in context_hashes(data, some, self.order - 1):
-                h[here] = hashed
-                depth[here] += inside
+        h = np.zeros(len(data), np.uint64)  # the hash of each event's context
+        depth = np.zeros(len(data), np.uint8)  # how many t of 0 ... order-1 are inside its story
+        for a in range(0, len(data), SLICE):
+            some = np.arange(a, min(a + SLICE, len(data)))
+            for hashes, inside in context_hashes(data, some, self.order - 1):
+                depth[some] += inside
+            h[some] = hashes
         position = np.arange(len(data), dtype=np.int32)
-        self.row_of[:] = -1
-        self.counts = [None] * (self.order + 1)
-        self.learned = np.zeros((self.order + 1, 4), np.float32)
         for n in range(self.order, 0, -1):
             key = mix(h)
-            key &= ~np.uint64(255)
+            key &= ~LOW_BYTE
             key |= data[position]
-            if n == min(DENSE, self.order):
-                pairs = position
-            if n > 1:
-                if self.continuation:  # for the next order; this one's key still holds all events, and is counted below
-                    kept = distinct(key)
-                    h, position, depth = h[kept], position[kept], depth[kept]
-                # The next order's contexts are one byte shorter.
-                h -= (byte_before(data, position, n - 1) + np.uint64(1)) * POWERS[n - 1] * (n - 1 <= depth)
-            self.counts[n] = Counts(key)
-            self.learned[n] = discounts(self.counts[n].count, self.smoothing)
+            if n > 1:  # the next order: its events, and its contexts, shorter by a byte
+                if self.smoothing in KNESER_NEY:
+                    kept = one_of_each(key)
+                    h = h[kept]
+                    position = position[kept]
+                    depth = depth[kept]
+                h -= term(byte_before(data, position, n - 1), n - 1) * (depth > n - 1)
+            self.counts[n] = Counts.of(key)
+            self.constants[n] = discounts(self.smoothing, self.counts[n].count)
         if self.smoothing == "jelinek-mercer":
-            self._learn_weights(data)
-        self._tabulate(data, pairs)
-        self._learn_echo(data)
+            self._learn_shares(data)
+        self._tabulate()
         return self
 
-    def _learn_weights(self, data):
-        """Jelinek-Mercer's weight for each order, learned on 30,000 positions of the text, each left out of the counts."""
-        at = np.random.default_rng(0).integers(0, len(data), 30_000)
-        p = np.full((len(at), self.order + 1), 1 / 256)
-        for n in range(1, self.order + 1):  # all the weight on one order gives that order's opinion alone
-            self.learned[:, 0] = np.arange(self.order + 1) == n
-            p[:, n] = self._walk(data, at, True, self.order)[np.arange(len(at)), data[at]]
-        known = p != np.float32(1 / 256)  # exactly that only where the order did not know the context
-        self.learned[:, 0] = learn_weights(p, known.astype(np.int64))[:, 1]
+    def _learn_shares(self, data):
+        """Jelinek-Mercer's constants, on 30,000 positions, each left out of the counts.
 
-    def _learn_echo(self, data):
-        """The weight of each echo, learned on the first 100,000 bytes or so, left out of the counts, since new text is what it is for."""
-        text = data[:100_000]
-        ends = np.flatnonzero(text == END)
-        text = text[: ends[-1] + 1] if len(ends) else text
-        p = [self._gold(data, np.arange(len(text)), True)]
-        kinds = [np.zeros(len(text), np.int64)]
-        for kind, places, votes in echoes(text):
-            right = np.zeros(len(text))
-            for now, byte in votes:
-                right[now] += byte == text[now]
-            p.append(right / np.maximum(places, 1))
-            kinds.append(kind)
-        self.echo = learn_weights(np.stack(p, 1), np.stack(kinds, 1))[1:].astype(np.float32)
-
-    def _listen(self, p, data, positions):
-        """Mix into p (N, 256), in place, what the story so far has to say to each position."""
-        # Copy each stretch of consecutive positions, with its story so far before it, into one text of many stories.
-        first = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
-        pieces, row = [], []  # row: which row of p each byte of the copy is asked about, -1: none
-        for a, b in zip(first, np.append(first[1:], len(positions))):
-            start, stop = max(0, positions[a] - REACH), positions[b - 1] + 1
-            ends = np.flatnonzero(data[start : positions[a]] == END)
-            start += ends[-1] + 1 if len(ends) else 0
-            # The byte after the last of data may be asked about: END stands there, and between two stretches.
-            pieces += [data[start:stop], np.full(1 + max(0, stop - len(data)), END, np.uint8)]
-            row += [np.full(positions[a] - start, -1), np.arange(a, b), [-1]]
-        text, row = np.concatenate(pieces), np.concatenate(row)
-        left, said = np.ones(len(text), np.float32), []
-        for weight, (kind, places, votes) in zip(self.echo[::-1], list(echoes(text))[::-1]):
-            trust = np.take(weight, kind, mode="clip")
-            said.append((left * trust / np.maximum(places, 1), votes))
-            left = left * (1 - trust)
-        asked = row >= 0
-        p[row[asked]] *= left[asked, None]
-        for share, votes in said:
-            for now, byte in votes:
-                now, byte = now[asked[now]], byte[asked[now]]
-                p[row[now], byte] += share[now]
-
-    def _tabulate(self, data, positions):
-        """Work out the distributions after every pair of bytes that occurs: (pairs, 256) float32, and where each pair's row is."""
-        pair, at = np.unique(self._pair(data, positions), return_index=True)
-        self.dense = self._walk(data, positions[at].astype(np.int64), False, min(DENSE, self.order))
-        self.row_of[pair] = np.arange(len(pair))
-
-    @staticmethod
-    def _pair(data, positions):
-        """The two bytes before each position as one number. (N,) int64."""
-        near, far = byte_before(data, positions, 1), byte_before(data, positions, 2)
-        return np.where(near == END, 0, far.astype(np.int64)) * 256 + near
-
-    def probs(self, data, positions, leave_one_out=False, adaptive=False):
-        """The distribution of the byte at each position given the bytes before it.
-
-        data: (n,) uint8; positions: (N,) integers from 0 to n (n asks for the byte after the last) -> (N, 256) float32, rows sum to 1.
-        leave_one_out: data is the text that was counted; answer as if each position's own n-gram had not been (see `_walk`).
-        adaptive: listen to the story so far as well, which data must then hold; quick for stretches of consecutive positions.
+        Seen from one order, the model is a mixture of two: one in which this order hands nothing
+        down, and one in which it hands down everything. Its share is the weight of the second.
         """
+        sample = min(30_000, len(data))
+        positions = np.random.default_rng(0).integers(0, len(data), sample)
+        target = data[positions]
+        opinions = {}  # n -> row (R,), p of the target by this order's counts alone (R,)
+        for n, row, context in self._find(data, positions, self.short + self.long):
+            first, of, byte, count = self.counts[n].followers(context)
+            own = count[byte == target[row][of]] - 1  # (R,)
+            rest = np.add.reduceat(count, first) - 1  # (R,)
+            known = rest > 0
+            opinions[n] = row[known], own[known] / rest[known]
+        share = np.full(self.order + 1, 0.5)
+
+        def with_share(order, value):
+            share[order] = value
+            p = np.full(len(positions), 1 / 256)
+            for n, (row, opinion) in opinions.items():
+                p[row] = (1 - share[n]) * opinion + share[n] * p[row]
+            return p
+
+        for _ in range(2):  # from the highest order down, and again, as the others have changed
+            for n in reversed(opinions):
+                both = np.stack((with_share(n, 0), with_share(n, 1)), axis=1)
+                weights = mixture_weights(both[opinions[n][0]])  # where this order has an opinion
+                share[n] = max(0.01, weights[1])  # with 0, what is new would be impossible
+        self.constants[:] = share[:, None]
+
+    def _tabulate(self):
+        """The distributions after all pairs of bytes: dense (rows, 256) float32, each different one
+        once, and dense_row (65536,), where that of a pair is."""
+        pair = np.arange(65536)
+        data = pair.astype(">u2").view(np.uint8)  # all pairs, one after the other
+        after = 2 * pair + 2
+        n = min(DENSE, self.order)
+        *_, (h, _) = context_hashes(data, after, n - 1)
+        context = self.counts[n].find(mix(h))
+        kind = np.where(context >= 0, context, -1 - pair % 256)  # unknown: one byte matters
+        _, example, self.dense_row = np.unique(kind, return_index=True, return_inverse=True)
+        self.dense = self._short_contexts(data, after[example])
+
+    def probs(self, data, positions, leave_one_out=False):
+        """The distribution of the byte at each position, given the bytes before it.
+
+        data: bytes or (n,) uint8; positions: (N,) integers from 0 to n, where n asks for the byte
+        after the last. -> (N, 256) float32, each row sums to 1
+        leave_one_out: data is the text that was counted, which the model would only recite. Answer
+        as if the n-gram that ends at the position had not been counted.
+        """
+        data = as_array(data)
         positions = np.asarray(positions, np.int64)
-        p = self._walk(data, positions, leave_one_out, self.order)
-        if adaptive and len(positions):
-            self._listen(p, data, positions)
-        return p
+        target = None
+        if leave_one_out:
+            target = data[positions].astype(np.int16)
+        found = self._find(data, positions, self.long)
+        left, given = self._hand_down(found, len(positions), target)
+        far = byte_before(data, positions, 2).astype(np.int64)
+        p = self.dense[self.dense_row[256 * far + byte_before(data, positions, 1)]]
+        if leave_one_out:  # where short contexts lose a count too, the table does not hold
+            lowered = np.flatnonzero(target >= 0)
+            p[lowered] = self._short_contexts(data, positions[lowered], target[lowered])
+        return give_out(p, left, given)
 
-    def _gold(self, data, positions, leave_one_out=False, adaptive=False):
-        """The probability of the byte that came, at each position. (N,) float32; a slice at a time, so that (N, 256) need not fit."""
-        slices = [positions[a : a + (1 << 14)] for a in range(0, len(positions), 1 << 14)]
-        return np.concatenate([self.probs(data, at, leave_one_out, adaptive)[np.arange(len(at)), data[at]] for at in slices] or [np.ones(0)])
+    def _short_contexts(self, data, positions, target=None):
+        """The distributions by the orders up to DENSE alone, without the table. -> (N, 256)"""
+        p = np.full((len(positions), 256), 1 / 256, np.float32)
+        found = self._find(data, positions, self.short)
+        return give_out(p, *self._hand_down(found, len(positions), target))
 
-    def _walk(self, data, positions, leave_one_out, order):
-        """probs with the first `order` orders: down the orders, carrying how much probability is still to be given out.
+    def _find(self, data, positions, orders):
+        """Which of the orders know the context of which positions? -> list of n, row (R,): indices
+        into positions, context (R,): indices into counts[n]"""
+        found = []
+        row = np.arange(len(positions))
+        for n, (h, _) in enumerate(context_hashes(data, positions, max(orders, default=1) - 1), 1):
+            if n in orders:
+                context = self.counts[n].find(mix(h[row]))
+                row = row[context >= 0]  # an unknown context stays unknown when it grows
+                found.append((n, row, context[context >= 0]))
+        return found
 
-        Leaving one out: a text that was counted holds every n-gram it is asked about, so the model would recite it. At the top order the
-        position's own n-gram is therefore counted one time less. If that was its only time, the n-gram would not exist, and its end would have
-        been met after one different byte fewer: the order below loses one too, and so on down. (Plain counts lose one at every order.)
-        Totals and what is handed down follow from the lowered counts, so the answer is that of a recount, with the same discounts.
+    def _hand_down(self, found, N, target=None):
+        """The formula of section 1 from the longest context down, for the contexts `_find` found.
+
+        target (N,): the byte of each position, to be left out of the counts; becomes -1 where the
+        shorter contexts keep theirs. -> left (N,): the probability that is not given out yet;
+        given: for each order, flat indices (E,) into (N, 256) and what these bytes get, (E,)
         """
-        N = len(positions)
-        hashes = [np.zeros(N, np.uint64)] + [h.copy() for h, _ in context_hashes(data, positions, order - 1)]
-        lowest = min(DENSE, order)
-        # First find, for each order, the rows that it knows the context of: an unknown context stays unknown when it grows.
-        found = {}  # n -> (rows whose context of n-1 bytes was counted, its index)
-        row = np.arange(N)
-        for n in range(lowest + 1, order + 1):
-            context = self.counts[n].find(mix(hashes[n - 1][row]))
-            row, context = row[context >= 0], context[context >= 0]
-            found[n] = row, context
+        left = np.ones(N)
+        given = []
+        for n, row, context in reversed(found):
+            first, of, byte, count = self.counts[n].followers(context)
+            different = np.diff(first, append=len(of))
+            at = row[of]  # (E,) the position that each follower is for
+            if target is not None:
+                self._leave_out(target, at, byte, count)
+                different = np.add.reduceat(count > 0, first, dtype=np.int64)
+            discount, added = smooth(self.smoothing, count, different, self.constants[n])
+            denominator = np.add.reduceat(count, first) + added
+            handed = np.add.reduceat(discount, first) + added
+            empty = denominator == 0  # the only follower was left out: everything is handed down
+            denominator[empty] = 1
+            handed[empty] = 1
+            share = left[row] / denominator
+            given.append((256 * at + byte, (count - discount) * share[of]))
+            left[row] = share * handed
+        if self.smoothing != "maximum-likelihood":
+            left = np.maximum(left, 1e-12)  # so that float32 does not round it to impossible
+        return left, given
 
-        # Then from the top order down: fetch the counts, take the own one away, discount, and hand down what the discounts took.
-        gold = data[positions].astype(np.int16) if leave_one_out else None
-        lowered = np.full(N, leave_one_out)  # rows whose own n-gram must still be taken away at this order
-        weight = np.ones(N, np.float32)  # the probability that the higher orders handed down
-        base = np.full((N, 256), 1 / 256, np.float32)  # to whom it goes in the end
-        pieces = []
-        for n in range(order, 0, -1):
-            if n <= lowest:
-                if n == lowest and self.smoothing != "add-k":  # nearly all rows end here, in the table
-                    dense = np.where(lowered, -1, self.row_of[self._pair(data, positions)])
-                    row = np.flatnonzero(dense < 0)
-                    base[dense >= 0] = self.dense[dense[dense >= 0]]
-                elif n == lowest:
-                    row = np.arange(N)
-                context = self.counts[n].find(mix(hashes[n - 1][row]))
-                found[n] = row[context >= 0], context[context >= 0]
-            at, context = found[n]
-            if len(at):
-                table = self.counts[n]
-                begin = table.start[context]
-                size = (table.start[context + 1] - begin).astype(np.int64)
-                first = np.cumsum(size) - size  # (rows,) where each row's entries begin among the E of this order
-                of = np.repeat(np.arange(len(at)), size)  # (E,) which of the rows an entry belongs to
-                entry = np.arange(len(of)) + (begin - first)[of]  # (E,) its index into byte and count
-                byte, count = table.byte[entry], table.count[entry].astype(np.int64)
-                if leave_one_out:
-                    own = np.flatnonzero(byte == np.where(lowered, gold, -1)[at][of])
-                    count[own] -= 1
-                    if self.continuation:
-                        lowered[at[of[own[count[own] > 0]]]] = False
-                discount, handed, denominator = smooth(self.smoothing, count, first, self.learned[n])
-                known = denominator > 0  # a context that has lost its only follower passes everything on
-                share = (weight[at] / np.maximum(denominator, 1e-9)).astype(np.float32)
-                pieces.append(((at * 256)[of] + byte, (count - discount) * share[of]))
-                weight[at] = np.where(known, share * handed, weight[at])
-            if self.smoothing == "add-k":
-                break  # mixes the top order with p_0, nothing between
-            if self.smoothing != "maximum-likelihood":
-                # Too small a weight would vanish in float32; 1e-12 more than 1 is far below its rounding.
-                np.maximum(weight, 1e-12, out=weight)
-        base *= weight[:, None]
-        for index, value in pieces:
-            base.reshape(-1)[index] += value  # one order names a byte at most once per row, so no addition is lost
-        return base
+    def _leave_out(self, target, at, byte, count):
+        """Leave one out: lower the count of each position's own n-gram, count (E,), in place.
 
-    def bits_per_byte(self, data, positions=None, leave_one_out=False, adaptive=False):
-        """Mean of -log2 p(byte) over the positions (default: all). (n,) uint8 -> float, bits per byte."""
-        positions = np.arange(len(data)) if positions is None else np.asarray(positions)
-        with np.errstate(divide="ignore"):  # maximum likelihood: -log2 of 0 is infinite, as it should be
-            bits = -np.log2(self._gold(data, positions, leave_one_out, adaptive), dtype=np.float64)
-        return float(bits.sum() / max(1, len(positions)))
+        A plain count falls at every order. A continuation count stands for different longer
+        n-grams, so it falls only if the longer one fell to 0; if not, target (N,) becomes -1.
+        """
+        own = np.flatnonzero(byte == target[at])
+        count[own] -= 1
+        if self.smoothing in KNESER_NEY:
+            target[at[own[count[own] > 0]]] = -1
 
-    def generate(self, prompt=b"", length=1000, temperature=1.0, seed=0, adaptive=False):
-        """Continue prompt until END or for `length` bytes. Returns prompt and continuation, bytes. temperature 0 takes the likeliest byte."""
+    def bits_per_byte(self, data, positions=None, leave_one_out=False):
+        """The mean of -log2 p(byte) over the positions, by default all. -> float, bits per byte"""
+        data = as_array(data)
+        if positions is None:
+            positions = np.arange(len(data))
+        bits = 0.0
+        for a in range(0, len(positions), SLICE):
+            some = positions[a : a + SLICE]
+            p = self.probs(data, some, leave_one_out)[np.arange(len(some)), data[some]]
+            with np.errstate(divide="ignore"):  # maximum likelihood: infinite, as it should be
+                bits -= np.log2(p, dtype=np.float64).sum()
+        return float(bits / max(1, len(positions)))
+
+    def generate(self, prompt=b"", length=1000, temperature=0.8, seed=0):
+        """Continue prompt (bytes) by `length` bytes, or to the end of the story. -> bytes, with it
+
+        temperature: 1 samples what the model predicts, less prefers the likely, 0 the likeliest.
+        """
         rng = np.random.default_rng(seed)
-        text = np.concatenate([np.frombuffer(prompt, np.uint8), np.zeros(length, np.uint8)])
+        text = np.frombuffer(bytearray(prompt) + bytes(length), np.uint8)
         for i in range(len(prompt), len(text)):
-            p = self.probs(text[:i], [i], adaptive=adaptive)[0].astype(np.float64)
-            p = (p / p.max()) ** (1 / temperature) if temperature > 0 else p == p.max()
+            p = self.probs(text, [i])[0].astype(np.float64)
+            if temperature > 0:
+                p = (p / p.max()) ** (1 / temperature)
+            else:
+                p = p == p.max()
             text[i] = rng.choice(256, p=p / p.sum())
             if text[i] == END:
                 return text[:i].tobytes()
         return text.tobytes()
 
     def size(self):
-        """The number of n-grams stored, of all orders."""
-        return sum(len(table.byte) for table in self.counts[1:])
+        """The number of n-grams, of all orders."""
+        return sum(len(counts.byte) for counts in self.counts.values())
 
     def nbytes(self):
-        """The memory they take, bytes."""
-        return sum(getattr(table, name).nbytes for table in self.counts[1:] for name in Counts.__slots__ if name != "bits")
+        """The memory they take, in bytes."""
+        return sum(array.nbytes for counts in self.counts.values() for array in counts)
 
     def save(self, path):
-        """Write everything to one .npz file; path is the old file or the whole new one, never a part.
-
-        Running totals are stored as the differences that they are totals of, which fit one byte: half the size.
-        """
+        """Write one .npz file. path is the old file or the whole new one, never a part."""
         arrays = {}
-        for n, table in enumerate(self.counts[1:], 1):
-            crowd = np.diff(table.bucket)
-            arrays |= {f"{n}.tag": table.tag, f"{n}.byte": table.byte, f"{n}.count": table.count,
-                       f"{n}.followers": (np.diff(table.start) - 1).astype(np.uint8), f"{n}.crowd": crowd.astype(np.min_scalar_type(crowd.max()))}
+        for n, counts in self.counts.items():
+            for name, array in counts._asdict().items():
+                arrays[f"{name}{n}"] = array
         temporary = f"{path}.tmp{os.getpid()}"
         try:
             with open(temporary, "wb") as file:
-                np.savez(file, order=self.order, smoothing=self.smoothing, learned=self.learned, echo=self.echo, dense=self.dense,
-                         row_of=self.row_of, **arrays)
+                np.savez(file, order=self.order, smoothing=self.smoothing,
+                         constants=self.constants, **arrays)
             os.replace(temporary, path)
         finally:
             if os.path.exists(temporary):
@@ -514,124 +570,118 @@ class NGram:
 
     @classmethod
     def load(cls, path):
-        """Read what save wrote. -> NGram"""
-        totals = lambda differences: np.concatenate((np.zeros(1, np.uint32), np.cumsum(differences, dtype=np.uint32)))
+        """Read what `save` wrote. -> NGram"""
         with np.load(path, allow_pickle=False) as file:
             model = cls(int(file["order"]), str(file["smoothing"]))
-            model.learned, model.echo, model.dense, model.row_of = (file[name] for name in ("learned", "echo", "dense", "row_of"))
-            model.counts = [None] + [Counts.__new__(Counts) for _ in range(model.order)]
-            for n, table in enumerate(model.counts[1:], 1):
-                table.tag, table.byte, table.count = (file[f"{n}.{name}"] for name in ("tag", "byte", "count"))
-                table.start = totals(file[f"{n}.followers"].astype(np.uint32) + 1)
-                table.bucket = totals(file[f"{n}.crowd"])
-                table.bits = (len(table.bucket) - 1).bit_length() - 1
+            model.constants = file["constants"]
+            for n in range(1, model.order + 1):
+                model.counts[n] = Counts(*[file[f"{name}{n}"] for name in Counts._fields])
+        model._tabulate()
         return model
 
 
-# ---- 6. To see it work ---------------------------------------------------------------------------------------------------------------
-
-# The research that this project rebuilds (README) swept 19 n-grams. These are chosen so that one sees each smoothing at a short, a middle and a
-# long order.
-SWEEP = [("maximum-likelihood", 2), ("maximum-likelihood", 4), ("add-k", 2), ("add-k", 4)] + [
-    (smoothing, order) for smoothing in SMOOTHINGS[2:6] for order in (3, 6, 12)] + [("modified-kneser-ney", n) for n in (2, 3, 4, 6, 8, 12, 16)]
-
-
-def measure(text, smoothing, order):
-    """Count text.train, score text.valid. -> (row of figures, model)"""
-    began = time.perf_counter()
-    model = NGram(order, smoothing).fit(text.train)
-    seconds = time.perf_counter() - began
-    n, memory, began = model.size(), model.nbytes(), time.perf_counter()
-    bpb = model.bits_per_byte(text.valid)
-    speed = len(text.valid) / (time.perf_counter() - began)
-    return dict(bpb=bpb, adaptive=model.bits_per_byte(text.valid, adaptive=True), seconds=seconds, rate=len(text.train) / 1e6 / seconds, speed=speed,
-                ngrams=n / 1e6, MB=memory / 1e6, each=memory / n, order=order, smoothing=smoothing), model
+def give_out(p, left, given):
+    """p (N, 256), the distribution by shorter contexts, times what is left, plus what was given."""
+    p *= left[:, None]
+    for place, probability in given:
+        p.reshape(-1)[place] += probability
+    return p
 
 
-HEAD = "   bpb  adaptive  seconds   MB/s  million n-grams     MB  bytes each  order  smoothing"
+# ---- 5. To see it work ---------------------------------------------------------------------------
+
+SWEEP = [(smoothing, order) for smoothing in SMOOTHINGS[:2] for order in (2, 4)]
+SWEEP += [(smoothing, order) for smoothing in SMOOTHINGS[2:6] for order in (3, 6, 12)]
+SWEEP += [("modified-kneser-ney", order) for order in (2, 3, 4, 6, 8, 12, 16)]
 
 
-def line(row):
-    return "{bpb:6.4f}  {adaptive:8.4f}  {seconds:7.1f}  {rate:5.1f}  {ngrams:15.2f}  {MB:5.0f}  {each:10.1f}  {order:5}  {smoothing}".format(**row)
+def compare(text, kinds):
+    """Count text.train with each (smoothing, order), score text.valid. -> the best model"""
+    best = None
+    best_bits = None
+    print("   bpb  seconds  predictions/s  million n-grams    MB  order  smoothing")
+    for smoothing, order in kinds:
+        began = time.perf_counter()
+        model = NGram(order, smoothing).fit(text.train)
+        counted = time.perf_counter()
+        bits = model.bits_per_byte(text.valid)
+        speed = len(text.valid) / (time.perf_counter() - counted)
+        print(f"{bits:6.4f}  {counted - began:7.1f}  {speed:13,.0f}  {model.size() / 1e6:15.2f}  "
+              f"{model.nbytes() / 1e6:4.0f}  {order:5}  {smoothing}", flush=True)
+        if best is None or bits < best_bits:
+            best = model
+            best_bits = bits
+    some = np.linspace(0, len(text.train) - 1, 100_000).astype(np.int64)
+    print(f"\nthe best, order {best.order}, {best.smoothing}, in bits per byte:")
+    print(f"{best.bits_per_byte(text.train, some):.4f} on the text it counted, reciting")
+    left_out = best.bits_per_byte(text.train, some, leave_one_out=True)
+    print(f"{left_out:.4f} on the same, each occurrence left out of the counts")
+    print(f"{best_bits:.4f} on text it has not seen; peak memory {peak_memory() / 1e6:,.0f} MB")
+    return best
 
 
-def sweep(text):
-    """Measure every model of SWEEP and print a table, best first. -> the best one"""
-    from tqdm import tqdm
+def load_model(path):
+    """NGram.load, in one line if it fails."""
+    try:
+        return NGram.load(path)
+    except Exception as error:  # a damaged or foreign file can lead to any
+        why = getattr(error, "strerror", None) or "it is not what --save wrote"
+        raise Problem(f"cannot load {path}: {why}; make it with --save {path}") from None
 
-    rows, best = [], None
-    for smoothing, order in tqdm(SWEEP, desc="models", disable=not sys.stderr.isatty()):
-        row, model = measure(text, smoothing, order)
-        rows.append(row)
-        if not sys.stderr.isatty():
-            print(f"{len(rows)} of {len(SWEEP)} done: order {order}, {smoothing}", file=sys.stderr, flush=True)
-        if best is None or row["bpb"] < best[0]:
-            best = row["bpb"], model
-    print(HEAD)
-    for row in sorted(rows, key=lambda row: row["bpb"]):
-        print(line(row))
-    return best[1]
+
+def save_model(model, path):
+    """model.save, in one line if it fails."""
+    try:
+        model.save(path)
+    except OSError as error:
+        raise Problem(f"cannot write {path}: {error.strerror}; name another file") from None
+    size = os.path.getsize(path)
+    print(f"saved {size / 1e6:,.0f} MB, {size / model.size():.1f} bytes per n-gram")
+
+
+def options():
+    parser = argparse.ArgumentParser(
+        description="Count n-grams of bytes, score them on text they have not seen, write a story.",
+        epilog="example: python ngram.py --data stories.txt --orders 2 4 8 12",
+        usage="python ngram.py [options]", allow_abbrev=False)
+    add = parser.add_argument
+    add("--orders", type=number(int, 1, LONGEST), nargs="+", default=[1, 2, 3, 4, 6, 8, 12],
+        metavar="N", help="(default: 1 2 3 4 6 8 12)")
+    add("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], metavar="NAME",
+        help=f"{', '.join(SMOOTHINGS)} (default: %(default)s)")
+    add("--sweep", action="store_true", help=f"{len(SWEEP)} models of all kinds instead")
+    add("--save", metavar="FILE", help="keep the best model")
+    add("--load", metavar="FILE", help="count nothing: write a story with a model that was kept")
+    add("--prompt", default="Once upon a time", metavar="TEXT",
+        help="how the story begins (default: %(default)s)")
+    add("--temperature", type=number(float, 0, 100), default=0.8, metavar="T",
+        help="0: always the likeliest byte; 1: as predicted (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=1, metavar="N", help="(default: %(default)s)")
+    add_arguments(parser)
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(usage="python ngram.py [options]",
-                                     description="Count n-grams of bytes, score them on text they have not seen, write a story.",
-                                     epilog="example: python ngram.py --data stories.txt --orders 2 4 8 12")
-    parser.add_argument("--orders", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 12], metavar="N", help="(default: 1 2 3 4 6 8 12)")
-    parser.add_argument("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], metavar="NAME",
-                        help=f"{', '.join(SMOOTHINGS)} (default: %(default)s)")
-    parser.add_argument("--sweep", action="store_true", help=f"instead {len(SWEEP)} models of different order and smoothing")
-    parser.add_argument("--save", metavar="FILE", help="keep the last model counted")
-    parser.add_argument("--load", metavar="FILE", help="count nothing: tell a story with a model that was kept")
-    parser.add_argument("--prompt", default="Once upon a time", help="how the story begins (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="(default: %(default)s)")
-    parser.add_argument("--adaptive", action="store_true", help="listen to the story so far when writing it")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the story (default: %(default)s)")
-    add_arguments(parser)
-    args = parser.parse_args()
-    if not all(1 <= order < len(POWERS) for order in args.orders):
-        raise Problem(f"--orders: each from 1 to {len(POWERS) - 1}; 12 is usual")
-    if not 0 <= args.temperature <= 100:
-        raise Problem(f"--temperature {args.temperature:g}: give 0 (no chance) to 100; 0.8 is usual")
+    args = options().parse_args()
     if args.load:
-        began = time.perf_counter()
-        try:
-            model = NGram.load(args.load)
-        except OSError as error:
-            raise Problem(f"cannot read {args.load}: {error.strerror}; count one first, with --save {args.load}") from None
-        except Exception as error:  # whatever a damaged or foreign file leads to
-            raise Problem(f"{args.load} is not what ngram.py saved ({type(error).__name__}); count again with --save {args.load}") from None
-        print(f"{model.size():,} n-grams of order {model.order} read in {time.perf_counter() - began:.2f} s")
+        model = load_model(args.load)
+        print(f"order {model.order}, {model.smoothing}, {model.size():,} n-grams")
     else:
         text = text_from(args)
-        print(f"{text.source}: counting {len(text.train):,} bytes, scoring {len(text.valid):,}\n", flush=True)
+        print(f"{text.source}: {len(text.train):,} bytes to count, {len(text.valid):,} to score\n")
+        kinds = [(args.smoothing, order) for order in args.orders]
         if args.sweep:
-            model = sweep(text)
-        else:
-            print(HEAD)
-            for order in args.orders:
-                row, model = measure(text, args.smoothing, order)
-                print(line(row), flush=True)
-            some = np.linspace(0, len(text.train) - 1, 100_000).astype(np.int64)
-            print(f"\norder {model.order}, bits per byte:\n"
-                  f"{model.bits_per_byte(text.train, some):.4f} on the text it counted, reciting\n"
-                  f"{model.bits_per_byte(text.train, some, leave_one_out=True):.4f} on the same, each occurrence left out\n"
-                  f"{row['bpb']:.4f} on text it has not seen\n"
-                  f"{row['adaptive']:.4f} on text it has not seen, listening to the story so far\n"
-                  f"{row['speed']:,.0f} distributions per second; peak memory {peak_memory() / 1e6:,.0f} MB")
+            kinds = SWEEP
+        model = compare(text, kinds)
     if args.save:
-        began = time.perf_counter()
-        try:
-            model.save(args.save)
-        except OSError as error:
-            raise Problem(f"cannot write {args.save}: {error.strerror}; name another file") from None
-        size = os.path.getsize(args.save)
-        print(f"saved {size / 1e6:,.0f} MB in {time.perf_counter() - began:.2f} s: {size / model.size():.1f} bytes per n-gram")
-    story = model.generate(os.fsencode(args.prompt), 800, args.temperature, args.seed, args.adaptive)
-    print("\n" + printable(story.decode("utf-8", "replace")))
+        save_model(model, args.save)
+    prompt = encode(os.fsencode(args.prompt)).tobytes()
+    story = model.generate(prompt, 800, args.temperature, args.seed)
+    print("\n" + printable(decode(as_array(story)).decode("utf-8", "replace").strip()))
 
 
-if __name__ == "__main__":
-    from data import Problem, add_arguments, peak_memory, printable, run, text_from  # only the script needs them: the class stands alone
+if __name__ == "__main__":  # only the script needs data.py
+    from data import (Problem, add_arguments, decode, encode, number, peak_memory, printable, run,
+                      text_from)
 
     run(main)

@@ -1,5 +1,9 @@
-"""What must hold, each thing in the smallest case that could break it. No network but 127.0.0.1. Run: python -m pytest -q"""
+"""What must hold, each thing in the smallest case that could break it. No network but 127.0.0.1.
+
+Run: python -m pytest -q; with FAST=1 in the environment the slow ones are left out.
+"""
 import ast
+import doctest
 import functools
 import http.server
 import json
@@ -12,7 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+import urllib.error
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -25,24 +30,32 @@ import sample
 import tiny
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-STORY = b"Once upon a time there was a cat. The cat sat on a mat. The mat was red.\nThe cat said, \"I like this mat.\""
-TEXT = np.frombuffer(b"the cat sat on the mat\0the rat sat\0a cat ate the rat on a mat\0" * 2 + b"that hat\0", np.uint8)
-
+STORY = (b"Once upon a time there was a cat. The cat sat on a mat. The mat was red.\n"
+         b"The cat said, \"I like this mat.\"")
+SMALL = ["--set", "width=16", "context=64", "--order", "4"]
 slow = pytest.mark.skipif("FAST" in os.environ, reason="slow, and FAST is set")
 
 
 def script(*command, env=None, cwd=HERE, **options):
-    """Run `python command...` as a user would -> CompletedProcess with text output. No proxy stands between it and 127.0.0.1."""
-    clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and k != "TINY_URL"} | (env or {})
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, encoding="utf-8", cwd=cwd, env=clean, timeout=240, **options)
+    """Run `python command...` as a user would -> CompletedProcess. No proxy to 127.0.0.1."""
+    clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    clean.pop("TINY_URL", None)
+    clean |= {"PYTHONPATH": HERE} | (env or {})
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          encoding="utf-8", cwd=cwd, env=clean, timeout=240, **options)
 
 
-def refused(result, *words, code=1):
+def refused(result, *words):
     """The command failed with one clear line that has these words, and no traceback."""
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and all(word in last for word in words), result.stderr
+    assert result.returncode in (1, 2) and "Traceback" not in result.stderr, result.stderr
+    assert "error: " in last and all(word in last for word in words), result.stderr
+
+
+def closing_block(stdout):
+    """The `key: value` lines of a run -> dict."""
+    pairs = [line.split(": ", 1) for line in stdout.splitlines() if ": " in line]
+    return {key: value for key, value in pairs if key.replace("_", "").isalpha()}
 
 
 @pytest.fixture(scope="module")
@@ -55,354 +68,503 @@ def stories_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def long_file(tmp_path_factory):
-    """Text enough for half a minute of training (3 MB): a run ends when it has read its text twice."""
+    """Text enough for half a minute of training: a run ends when it has read its text twice."""
     path = tmp_path_factory.mktemp("text") / "long.txt"
-    path.write_bytes(data.invent(6000))
+    path.write_bytes(data.invent(12000))
     return path
 
 
-# ---- data.py -------------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, long_file):
+    """One whole run of the main job on the clock, as a user starts it. -> (result, its folder)"""
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = script("tiny.py", "--minutes", 0.4, "--data", long_file, "--out", out, "--order", 8,
+                    "--set", "width=32")
+    assert result.returncode == 0, result.stderr
+    return result, out
 
-@pytest.mark.parametrize("text", [
-    b"", b"a", STORY, b"one\n<|endoftext|>\ntwo", b"one\n<|endoftext|>\n", b"\n<|endoftext|>\n\n<|endoftext|>\n", b"\xff\xfe\x80 caf\xc3\xa9",
-    b"a\r\nb\r\n", b"a <|endoftext| > b", bytes(range(1, 256)), b"\n\n<|endoftext|>\n\n",
-])
+
+# ---- data.py -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", [b"", b"one\n<|endoftext|>\ntwo", b"\xff\xfe\x80 caf\xc3\xa9",
+                                  b"\n\n<|endoftext|>\n\n", b"a\r\nb\r\n", bytes(range(1, 256))])
 def test_round_trip(text):
     assert data.decode(data.encode(text)) == text
 
 
-def test_separators_become_end():
-    assert data.encode(b"a\r\n<|endoftext|>\r\nb<|endoftext|>c").tobytes() == b"a\0b\0c"
-    assert data.stories(data.encode(b"a\n<|endoftext|>\n\n<|endoftext|>\nb")) == [b"a", b"b"]
+def test_stories_are_told_apart_and_nul_bytes_are_dropped():
+    text = data.encode(b"a\r\n<|endoftext|>\r\nb<|endoftext|>\n\n<|endoftext|>c\0\0")
+    assert text.tobytes() == b"a\0b\0\0c" and data.split_stories(text) == [b"a", b"b", b"c"]
 
 
-def test_nul_bytes_are_dropped_and_counted(capsys):
-    assert data.encode(b"a\0b\0\0c").tobytes() == b"abc"
-    assert "3 NUL" in capsys.readouterr().err
+def test_printable_replaces_only_what_can_drive_a_terminal():
+    fine = "« Où ? »\u00a0👩\u200d🚀 \ufeff\tשלום\n"
+    assert data.printable(fine) == fine and data.printable("a\rb\r\n") == "ab\n"
+    assert data.printable("\x1b[2J\x9b\u202e") == "\ufffd[2J\ufffd\ufffd"
 
 
-def test_split_is_between_stories_and_loses_nothing():
+def test_files_are_joined_and_lose_their_byte_order_marks(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + name.encode() + b"\r\n")
+    assert data.read([tmp_path / "a", tmp_path / "b"]).tobytes() == b"a\r\n\0b\r\n"
+
+
+def test_split_is_at_a_story_end_near_95_percent_and_loses_nothing():
     text = data.encode(data.invent(300))
-    train, held = data.split(text)
-    assert np.array_equal(np.concatenate((train, held)), text)
-    assert train[-1] == 0 and 0.03 < len(held) / len(text) < 0.07
-    train, held = data.split(np.full(1000, 65, np.uint8))  # no story ends at all
-    assert len(held) == 50
+    train, valid = data.split(text)
+    assert np.array_equal(np.concatenate((train, valid)), text)
+    assert train[-1] == data.END and 0.03 < len(valid) / len(text) < 0.07
+    far = np.where(np.arange(1000) == 600, data.END, 65).astype(np.uint8)
+    assert len(data.split(far)[1]) == 50
 
 
 def test_invented_stories_differ_and_repeat_exactly():
-    text = data.invent(3000)
-    assert data.invent(3000) == text
-    assert len(set(data.stories(data.encode(text)))) == 3000
+    text = data.invent(1000)
+    stories = data.split_stories(data.encode(text))
+    assert data.invent(1000) == text and len(set(stories)) == 1000
+    for story in stories:  # the one whose story it is comes back; nothing of the template is left
+        assert story.count(story.split(b" named ")[1].split(b".")[0]) >= 4
+        assert not set(b"{}[]|") & set(story)
 
 
-def test_save_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    data.save(path, b"old")
-
-    def full(fd):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(data.Problem, match="No space left.*free some space"):
-        data.save(path, b"new")
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    pytest.importorskip("resource")
+    (tmp_path / "model.pt").write_bytes(b"old")
+    code = ("import data, resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+            "data.run(lambda: data.save('model.pt', bytes(2000)))")
+    refused(script("-c", code, cwd=tmp_path), "cannot write model.pt", "free some space")
+    assert [(x.name, x.read_bytes()) for x in tmp_path.iterdir()] == [("model.pt", b"old")]
 
 
-class Server:
-    """A web server on 127.0.0.1 for one test: honours Range, and fails in the ways that `fault(request number)` says."""
+def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path):
+    code = f"import data, os; print(data.lock({str(tmp_path / 'lock')!r}), flush=True); os._exit(1)"
+    with data.lock(tmp_path / "lock"):
+        assert script("-c", code).stdout == "None\n"
+    assert "None" not in script("-c", code).stdout  # ended without closing it
+    assert data.lock(tmp_path / "lock") is not None
 
-    def __init__(self, body, fault=lambda n: None):
-        self.requests = requests = []
+
+def test_a_large_file_is_read_only_as_far_as_needed(tmp_path):
+    with open(tmp_path / "large.txt", "wb") as file:
+        file.write(data.invent(3000))
+        file.truncate(2_000_000_000)
+    code = ("import data, sys; text = data.load([sys.argv[1]], megabytes=1);"
+            "print(len(text.train), data.peak_memory())")
+    result = script("-c", code, tmp_path / "large.txt")
+    size, memory = map(int, result.stdout.split())
+    assert 900_000 < size < 1_000_000 and 10e6 < memory < 300e6 and "--megabytes" in result.stderr
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Honours Range and If-Range. fault(number of the request): a status, "cut" or "silent"."""
+
+    def __init__(self, body, fault=lambda n: None, version='"one"'):
+        self.requests = []
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                requests.append(self.headers["Range"])
-                kind = fault(len(requests))
-                if isinstance(kind, int):
-                    return self.send_error(kind)
+                self.server.requests.append(self.headers["Range"])
+                kind = fault(len(self.server.requests))
                 if kind == "silent":
-                    return threading.Event().wait(3)
-                a, b = self.headers["Range"].removeprefix("bytes=").split("-")
-                part = body[int(a) : int(b) + 1]
-                if not part:
-                    self.send_response(416)
-                    self.send_header("Content-Range", f"bytes */{len(body)}")
-                    return self.end_headers()
-                if kind == "no range":
-                    self.send_response(200)
-                    part = body
-                else:
-                    self.send_response(206)
-                    self.send_header("Content-Range", f"bytes {a}-{int(a) + len(part) - 1}/{len(body)}")
-                self.send_header("Content-Length", str(len(part)))
+                    return threading.Event().wait(2)
+                first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+                status, content = 206, body[first : last + 1]
+                if self.headers.get("If-Range", version) != version:
+                    status, content = 200, body
+                elif not content:
+                    status = 416
+                self.send_response(kind if isinstance(kind, int) else status)
+                self.send_header("Content-Length", str(len(content)))
+                self.send_header("ETag", version)
                 self.end_headers()
-                self.wfile.write(part[: len(part) // 2] if kind == "cut" else part)
+                self.wfile.write(content[: len(content) // 2] if kind == "cut" else content)
 
             def log_message(self, *_):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No proxy, no long waits."""
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
+    """No proxy, no long waits. -> the list of waits that there would have been"""
+    for name in [x for x in os.environ if x.lower().endswith("_proxy") or x == "TINY_URL"]:
+        monkeypatch.delenv(name)
+    waits = []
     monkeypatch.setattr(data, "PATIENCE", 0.5)
-    monkeypatch.setattr(data.time, "sleep", lambda _: None)
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    return waits
 
 
-def test_download_takes_a_part_and_cuts_at_a_story_end(tmp_path, quick):
-    body = data.invent(100)
-    server = Server(body)
+BODY = data.invent(100)
+
+
+def test_a_cut_line_a_busy_server_and_silence_are_tried_again(tmp_path, quick):
+    server = Server(BODY, {1: "cut", 2: 503, 3: "silent"}.get)
     data.download(server.url, tmp_path / "x", 10_000)
+    assert server.requests == ["bytes=0-9999"] + ["bytes=5000-9999"] * 3 and len(quick) == 3
     got = (tmp_path / "x").read_bytes()
-    assert body.startswith(got) and got.endswith(b"<|endoftext|>\n") and 9_000 < len(got) <= 10_001
-    assert server.requests == ["bytes=0-9999"] and os.listdir(tmp_path) == ["x"]
+    assert BODY.startswith(got) and got.endswith(b"<|endoftext|>\n") and 9_000 < len(got) <= 10_001
 
 
-def test_download_goes_on_after_a_cut_connection(tmp_path, quick):
-    body = data.invent(100)
-    server = Server(body, lambda n: "cut" if n <= 2 else None)
-    data.download(server.url, tmp_path / "x", 10_000)
-    assert body.startswith((tmp_path / "x").read_bytes())
-    assert server.requests == ["bytes=0-9999", "bytes=5000-9999", "bytes=7500-9999"]
-
-
-def test_download_goes_on_in_the_next_run(tmp_path, quick):
-    body = data.invent(100)
-    with pytest.raises(data.Problem, match="gave up after 4 tries.*run again"):
-        data.download(Server(body, lambda n: "cut").url, tmp_path / "x", 10_000)
-    assert os.listdir(tmp_path) == ["x.part"]  # nothing half-written has the name of data
-    server = Server(body)
+@pytest.mark.parametrize("version", ['"one"', '"two"'])
+def test_the_next_run_goes_on_unless_the_text_has_changed(tmp_path, quick, version):
+    with pytest.raises(data.Problem, match="cut; run again to go on"):
+        data.download(Server(BODY, lambda n: "cut").url, tmp_path / "x", 10_000)
+    assert not (tmp_path / "x").exists()  # nothing half-written has the name of data
+    body = data.invent(100, seed=1) if version == '"two"' else BODY
+    server = Server(body, version=version)
     data.download(server.url, tmp_path / "x", 10_000)
     assert server.requests == ["bytes=9375-9999"] and body.startswith((tmp_path / "x").read_bytes())
 
 
+def test_another_process_at_the_same_download_is_waited_for(tmp_path, quick, monkeypatch, capsys):
+    other = data.lock(tmp_path / "x.lock")
+    monkeypatch.setattr(data.time, "sleep",
+                        lambda _: (tmp_path / "x").write_bytes(b"fetched") and other.close())
+    data.download("http://127.0.0.1:9", tmp_path / "x", 10_000)
+    assert "waiting for another process" in capsys.readouterr().err
+
+
 def test_download_of_more_than_there_is(tmp_path, quick):
-    body = data.invent(20) + b"\n<|endoftext|>\n"
-    data.download(Server(body).url, tmp_path / "x", 10**9)
-    assert (tmp_path / "x").read_bytes() == body
+    whole = data.invent(20) + b"\n<|endoftext|>\n"
+    for part in b"", whole:  # all has arrived before
+        (tmp_path / "x.part").write_bytes(part)
+        data.download(Server(whole).url, tmp_path / f"x{len(part)}", 10**9)
+        assert (tmp_path / f"x{len(part)}").read_bytes() == whole
 
 
-@pytest.mark.parametrize("kind, words", [
-    (404, "HTTP 404.*TINY_URL"), (500, "HTTP 500"), ("no range", "ignores Range"), ("cut", "gave up"),
-])
-def test_download_says_what_is_wrong(tmp_path, quick, kind, words):
+@pytest.mark.parametrize("body, kind, words", [
+    (BODY, 404, "404.*TINY_URL"), (b"<html>" * 1000, None, "not TinyStories")])
+def test_download_says_what_is_wrong(tmp_path, quick, body, kind, words):
     with pytest.raises(data.Problem, match=words):
-        data.download(Server(data.invent(50), lambda n: kind).url, tmp_path / "x", 10_000)
-    assert "x" not in os.listdir(tmp_path)
+        data.download(Server(body, lambda n: kind).url, tmp_path / "x", 1000)
 
 
-def test_download_killed_just_before_its_end_goes_on(tmp_path, quick):
-    body = data.invent(20) + b"\n<|endoftext|>\n"
-    (tmp_path / "x.part").write_bytes(body)  # all there is has arrived, but less than was asked for
-    data.download(Server(body).url, tmp_path / "x", 10**9)
-    assert (tmp_path / "x").read_bytes() == body and os.listdir(tmp_path) == ["x"]
+def test_a_bad_certificate_is_not_no_network_but_silence_is(tmp_path, quick, monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.URLError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
 
-
-def test_download_of_something_else_is_not_kept(tmp_path, quick):
-    with pytest.raises(data.Problem, match="not TinyStories"):
-        data.download(Server(b"<html>" * 1000).url, tmp_path / "x", 1000)
-    assert os.listdir(tmp_path) == []
-
-
-def test_silence_is_no_network_at_first_and_a_problem_later(tmp_path, quick):
-    body = data.invent(50)
-    with pytest.raises(data.NoNetwork):
-        data.download(Server(body, lambda n: "silent").url, tmp_path / "x", 10_000)
-    with pytest.raises(data.Problem, match="gave up"):
-        data.download(Server(body, lambda n: "cut" if n == 1 else "silent").url, tmp_path / "x", 10_000)
+    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
+    with pytest.raises(data.Problem, match="self-signed"):
+        data.download("https://x", tmp_path / "x", 10_000)
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: threading.Event().wait(9))
+    began = time.monotonic()
+    with pytest.raises(data.NoNetwork):  # even a look-up of the name that never ends
+        data.download("https://x", tmp_path / "y", 10_000)
+    assert time.monotonic() - began < 5
 
 
 def test_load_downloads_once(tmp_path, quick, monkeypatch):
     server = Server(data.invent(200))
     monkeypatch.setenv("TINY_URL", server.url)
-    first = data.load(megabytes=0.05, cache=str(tmp_path))
-    assert len(server.requests) == 2 and first.source.startswith("TinyStories") and 40_000 < len(first.train) <= 50_000
-    again = data.load(megabytes=0.05, cache=str(tmp_path))
+    first = data.load(megabytes=0.05, cache=tmp_path)
+    again = data.load(megabytes=0.05, cache=tmp_path)
     assert len(server.requests) == 2 and np.array_equal(first.train, again.train)
+    assert first.source.startswith("TinyStories") and 40_000 < len(first.train) <= 50_000
 
 
 def test_without_network_stories_are_built_in(tmp_path, quick, monkeypatch, capsys):
-    monkeypatch.delenv("TINY_URL", raising=False)
     monkeypatch.setattr(data, "URL", "http://127.0.0.1:9")  # nobody listens there
-    text = data.load(cache=str(tmp_path))
-    assert "built-in" in text.source and "MEAN NOTHING" in capsys.readouterr().err
-    monkeypatch.setenv("TINY_URL", "http://127.0.0.1:9")  # but an address that was asked for is not silently left aside
-    with pytest.raises(data.Problem, match="TINY_URL.*cannot be reached"):
-        data.load(cache=str(tmp_path))
+    assert "built-in" in data.load(cache=tmp_path).source
+    assert "MEAN NOTHING" in capsys.readouterr().err
+    monkeypatch.setenv("TINY_URL", "http://127.0.0.1:8")  # what was asked for is not left aside
+    with pytest.raises(data.Problem, match="cannot reach TINY_URL"):
+        data.load(cache=tmp_path)
 
 
-# ---- ngram.py ------------------------------------------------------------------------------------------------------------------------
-
-def padded(text, i, n):
-    """The n-1 bytes before i as the n-gram sees them: nothing but END beyond the story's start."""
-    context = bytes(text[max(0, i - n + 1) : i])
-    return context.rpartition(b"\0")[2].rjust(n - 1, b"\0")
-
-
-def brute_force(text, model, without=None):
-    """The same model in plain Python, straight from the formulas -> p(asked, i): 256 probabilities. `without`: one event left out.
-
-    From the model itself come only the constants it has learned, which leaving one out does not change.
-    """
-    kind, order, learned = model.smoothing, model.order, model.learned.astype(float)
-    grams = [(i, text[i]) for i in range(len(text)) if i != without]
-    counts = {n: Counter((padded(text, i, n), byte) for i, byte in grams) for n in range(1, order + 1)}
-    if kind.endswith("kneser-ney"):
-        for n in range(order - 1, 0, -1):  # continuation counts: one for each different longer n-gram
-            counts[n] = Counter((context[1:], byte) for context, byte in counts[n + 1])
-    followers = defaultdict(dict)
-    for n in counts:
-        for (context, byte), count in counts[n].items():
-            followers[n, context][byte] = count
-
-    def p(asked, i):
-        dist = np.full(256, 1 / 256)
-        for n in [order] if kind == "add-k" else range(1, order + 1):
-            after = followers.get((n, padded(asked, i, n)))
-            if not after:
-                continue
-            total, own, lower = sum(after.values()), np.zeros(256), 0
-            for byte, c in after.items():
-                own[byte] = c / total
-            if kind.endswith("kneser-ney") or kind == "absolute":
-                lower = sum(learned[n][min(c, 3)] for c in after.values()) / total
-                own[list(after)] -= [learned[n][min(c, 3)] / total for c in after.values()]
-            elif kind == "witten-bell":
-                lower = len(after) / (total + len(after))
-                own *= 1 - lower
-            elif kind == "jelinek-mercer":
-                lower = 1 - learned[n][0]
-                own *= learned[n][0]
-            elif kind == "add-k":
-                lower = 2.56 / (total + 2.56)
-                own *= 1 - lower
-            dist = own + lower * dist
-        return dist
-
-    return p
+def test_a_validation_text_that_is_known_is_told(tmp_path, capsys):
+    (tmp_path / "train").write_bytes(data.invent(100))
+    (tmp_path / "half").write_bytes(data.invent(50) + data.SEPARATOR + data.invent(50, seed=1))
+    data.load([tmp_path / "train"])
+    assert "word for word" not in capsys.readouterr().err
+    data.load([tmp_path / "train"], [tmp_path / "half"])
+    assert "50% of the validation stories" in capsys.readouterr().err
 
 
-NEW = np.frombuffer(b"a cat\0the bat sat on that zebra\0\0mat the rat", np.uint8)
+@pytest.mark.parametrize("command, words", [
+    ("--data missing.txt", ["cannot read missing.txt", "--data"]),
+    ("--data folder", ["cannot read folder", "directory"]),
+    ("--data empty.txt", ["empty.txt is empty"]),
+    ("--data utf16.txt", ["utf16.txt seems to be binary or UTF-16"]),
+    ("--data random.txt", ["random.txt seems to be binary or UTF-16"]),
+    ("--data short.txt", ["validation text has 1 bytes"]),
+    ("--valid short.txt", ["--valid needs --data"]),
+])
+def test_bad_text_gets_one_line(tmp_path, command, words):
+    (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf\n")
+    (tmp_path / "short.txt").write_bytes(b"Too short.")
+    (tmp_path / "utf16.txt").write_bytes("Once upon a time".encode("utf-16"))
+    (tmp_path / "random.txt").write_bytes(np.random.default_rng(0).bytes(10_000))
+    (tmp_path / "folder").mkdir()
+    refused(script(os.path.join(HERE, "data.py"), *command.split(), cwd=tmp_path), *words)
+
+
+@pytest.mark.parametrize("option", ["--megabytes=0", "--megabytes=nan", "--mega=1"])
+def test_bad_options_are_named_and_none_is_abbreviated(option):
+    result = script("data.py", option)
+    assert result.returncode == 2 and option.split("=")[0] in result.stderr.splitlines()[-1]
+
+
+def test_main_shows_the_text_on_any_terminal(tmp_path):
+    (tmp_path / "x.txt").write_bytes("Où est le chat 🐈 ?\n".encode() * 200)
+    result = script("data.py", "--data", tmp_path / "x.txt", env={"PYTHONIOENCODING": "cp1252"},
+                    errors="replace")
+    assert result.returncode == 0 and "chat ? ?" in result.stdout
+
+
+def test_a_reader_that_goes_away_ends_a_script_quietly():
+    command = [sys.executable, "-c", "import data; data.run(lambda: print('x' * 1_000_000))"]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+# ---- ngram.py ------------------------------------------------------------------------------------
+
+TEXT = b"the cat sat on the mat\0the rat sat\0a cat ate the rat on a mat\0" * 2 + b"that hat\0"
+NEW = b"a cat\0the bat sat on that zebra\0\0mat the rat"
+FRANCISCO = b"San Francisco, San Francisco, San Francisco, my dog, a dog, the dog"
+
+
+@pytest.fixture(scope="module")
+def stories():
+    """Training and validation text."""
+    return data.split(data.encode(data.invent(600)))
+
+
+@pytest.mark.parametrize("smoothing, low, high", [("absolute", 0.99, 1.01), ("kneser-ney", 5, 20)])
+def test_kneser_ney_asks_after_how_many_different_bytes(smoothing, low, high):
+    """After an unknown word: " F" was met as often as " d", but always after the same byte."""
+    slow = ngram.Textbook(FRANCISCO, 3, smoothing).distribution(b"big ", 4)
+    fast = ngram.NGram(3, smoothing).fit(FRANCISCO).probs(b"big ", [4])[0]
+    for p in (slow, fast):
+        assert low < p[ord("d")] / p[ord("F")] < high
+    counts = {(b"n ", "F"): 3, (b"y ", "d"): 1, (b"a ", "d"): 1, (b"e ", "d"): 1}
+    assert ngram.continuation_counts(counts) == {(b" ", "F"): 1, (b" ", "d"): 3}
+
+
+def test_examples_in_docstrings_hold():
+    result = doctest.testmod(ngram)
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_a_textbook_case_by_hand():
+    """After a: b twice, c once. Each seen byte's share by the formula, in numbers."""
+    text = b"abacab"
+    p = {name: ngram.Textbook(text, 2, name).distribution(b"a", 1) for name in ngram.SMOOTHINGS}
+    b, c, new = ord("b"), ord("c"), ord("z")
+    likely = p["maximum-likelihood"]
+    assert (likely[b], likely[c], likely[new]) == pytest.approx((2 / 3, 1 / 3, 0))
+    assert p["add-k"][[b, new]] == pytest.approx([2.01 / 5.56, 0.01 / 5.56])
+    below = (2 + 3 / 256) / (6 + 3)  # Witten-Bell, order 1: b is 2 of 6; 3 different bytes
+    assert p["witten-bell"][b] == pytest.approx((2 + 2 * below) / (3 + 2))
+    assert all(distribution.sum() == pytest.approx(1) for distribution in p.values())
 
 
 @pytest.mark.parametrize("smoothing", ngram.SMOOTHINGS)
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 8])
-def test_every_smoothing_equals_brute_force(order, smoothing):
+def test_the_fast_model_equals_the_textbook(order, smoothing):
     model = ngram.NGram(order, smoothing).fit(TEXT)
-    p = brute_force(TEXT, model)
-    for asked in (TEXT, NEW):
-        got = model.probs(asked, np.arange(len(asked) + 1))
-        assert got.dtype == np.float32 and got.shape == (len(asked) + 1, 256)
-        assert np.abs(got.sum(1) - 1).max() < 1e-5
-        assert got.min() > 0 or smoothing == "maximum-likelihood"
-        assert np.abs(got - [p(asked, i) for i in range(len(asked) + 1)]).max() < 1e-6
+    textbook = ngram.Textbook(TEXT, order, smoothing, model.constants)
+    for text in (TEXT, NEW):
+        p = model.probs(text, np.arange(len(text) + 1))
+        assert p.dtype == np.float32 and p.shape == (len(text) + 1, 256)
+        assert np.abs(p.sum(1) - 1).max() < 1e-5
+        assert p.min() > 0 or smoothing == "maximum-likelihood"
+        want = [textbook.distribution(text, i) for i in range(len(text) + 1)]
+        assert np.abs(p - want).max() < 1e-6
+    if smoothing != "jelinek-mercer":  # whose constants are learned, not estimated from counts
+        own = ngram.Textbook(TEXT, order, smoothing).constants
+        assert model.constants[1:] == pytest.approx(np.array([own[n] for n in range(1, order + 1)]))
 
 
 @pytest.mark.parametrize("smoothing", ngram.SMOOTHINGS)
 @pytest.mark.parametrize("order", [1, 3, 6])
 def test_leave_one_out_equals_a_recount(order, smoothing):
     model = ngram.NGram(order, smoothing).fit(TEXT)
-    got = model.probs(TEXT, np.arange(len(TEXT)), leave_one_out=True)
+    p = model.probs(TEXT, np.arange(len(TEXT)), leave_one_out=True)
     for i in range(0, len(TEXT), 3):
-        assert np.abs(got[i] - brute_force(TEXT, model, without=i)(TEXT, i)).max() < 1e-6
-
-
-def test_probabilities_are_normalised_and_never_zero():
-    text = data.encode(data.invent(300))
-    for counted in (text, np.full(5000, 97, np.uint8), np.zeros(100, np.uint8), np.array([5], np.uint8)):
-        model = ngram.NGram(12).fit(counted)
-        for asked in (counted[:2000], np.random.default_rng(0).integers(0, 256, 500, dtype=np.uint8)):
-            for leave in (False, True) if asked is not counted and len(counted) >= len(asked) and (counted[: len(asked)] == asked).all() else (False,):
-                p = model.probs(asked, np.arange(len(asked)), leave_one_out=leave)
-                assert np.abs(p.astype(float).sum(1) - 1).max() < 1e-5 and p.min() > 0
-
-
-def test_the_story_so_far_equals_brute_force():
-    """adaptive: the longest echo first, each with the weight of its kind, and what is left for the counts; straight from the description."""
-    counted = data.encode(data.invent(150))
-    model = ngram.NGram(6).fit(counted)
-    text = np.concatenate((data.encode(data.invent(4, seed=9)), data.encode(b"aaaaaaaaaaaaaabaaaaaaaa abcabcabd abcabc")))
-    got, fixed = (model.probs(text, np.arange(len(text) + 1), adaptive=adaptive) for adaptive in (True, False))
-    for i in range(0, len(text) + 1, 3):
-        story, want, left = bytes(text[:i]).rpartition(b"\0")[2], np.zeros(256), 1.0
-        for weight, t in reversed(list(zip(model.echo, ngram.ECHOES))):
-            tail = story[max(0, len(story) - t) :]  # near its beginning a story has no t bytes yet, and so no place before
-            after = [story[j] for j in range(t, len(story)) if story[j - t : j] == tail and len(tail) == t][-ngram.LATEST :]
-            if after:
-                w = weight[min(len(after), 3) + (0 if len(set(after)) == 1 else 2)]
-                np.add.at(want, after, left * w / len(after))
-                left *= 1 - w
-        assert np.abs(got[i] - (want + left * fixed[i])).max() < 1e-6
-    assert np.abs(got.astype(float).sum(1) - 1).max() < 1e-5 and got.min() > 0
-    some = np.concatenate((np.arange(300, 420), [7, 5, 6], np.arange(len(text) - 30, len(text) + 1)))
-    assert np.allclose(model.probs(text, some, adaptive=True), got[some], atol=1e-7)  # wherever the stretches begin
-
-
-def test_listening_to_the_story_helps():
-    train, held = data.split(data.encode(data.invent(600)))
-    model = ngram.NGram(4).fit(train)
-    assert model.bits_per_byte(held, adaptive=True) < 0.99 * model.bits_per_byte(held)
-
-
-def test_learn_weights_finds_the_mixture_that_made_the_data():
-    rng = np.random.default_rng(0)
-    p = rng.random((40_000, 3)) * 0.9 + 0.05  # what three models say of each byte's two values; the byte comes from one of them
-    kind = np.stack([np.zeros(len(p), int), rng.integers(0, 3, len(p)), np.ones(len(p), int)], 1)
-    truth = np.array([[0, 0, 0], [0, 0.2, 0.7], [0, 0.4, 0]])
-    source = np.where(rng.random(len(p)) < 0.4, 2, np.where(rng.random(len(p)) < truth[1][kind[:, 1]], 1, 0))
-    came = rng.random(len(p)) < p[np.arange(len(p)), source]
-    weight = ngram.learn_weights(np.where(came[:, None], p, 1 - p), kind, rounds=300)
-    assert np.abs(weight - truth)[1:].max() < 0.06 and (weight[:, 0] == 0).all()
+        recount = ngram.Textbook(TEXT, order, smoothing, model.constants, left_out=i)
+        assert np.abs(p[i] - recount.distribution(TEXT, i)).max() < 1e-6
 
 
 def test_leaving_out_tells_new_text_from_recited():
-    train, held = data.split(data.encode(data.invent(600)))
-    model, some = ngram.NGram(12).fit(train), np.arange(0, len(train), 7)
-    seen, left_out = model.bits_per_byte(train, some), model.bits_per_byte(train, some, leave_one_out=True)
-    assert seen < 0.9 * model.bits_per_byte(held) < left_out < 1.1 * model.bits_per_byte(held)
+    """Nobody can predict random letters, log2(26) = 4.70 bits each, but one can recite them."""
+    train, valid = np.random.default_rng(0).integers(97, 123, (2, 20_000), dtype=np.uint8)
+    model = ngram.NGram(8).fit(train)
+    assert model.bits_per_byte(train) < 4
+    left_out = model.bits_per_byte(train, leave_one_out=True)
+    assert left_out > 4.65 and left_out == pytest.approx(model.bits_per_byte(valid), abs=0.1)
 
 
-def test_more_context_predicts_better_and_nothing_can_be_counted_in_nothing():
-    train, held = data.split(data.encode(data.invent(600)))
-    scores = [ngram.NGram(order).fit(train).bits_per_byte(held) for order in (1, 2, 4, 8)]
+@pytest.mark.parametrize("text", [data.invent(300), b"a" * 5000, b"\0" * 100, b"\5"])
+def test_distributions_sum_to_1_and_are_never_0(text):
+    text = data.encode(text) if len(text) > 5000 else text
+    model = ngram.NGram(12).fit(text)
+    noise = np.random.default_rng(0).integers(0, 256, 500, dtype=np.uint8)
+    for asked, leave_one_out in ((text, False), (text, True), (noise, False)):
+        positions = np.arange(min(2000, len(asked)))
+        p = model.probs(asked, positions, leave_one_out).astype(float)
+        assert np.abs(p.sum(1) - 1).max() < 1e-5 and p.min() > 0
+
+
+def test_bytes_are_taken_wherever_data_is():
+    array = np.frombuffer(TEXT, np.uint8)
+    a, b = ngram.NGram(5).fit(TEXT), ngram.NGram(5).fit(array)
+    for leave_one_out in (False, True):
+        positions = np.arange(len(TEXT))
+        p = a.probs(TEXT, positions, leave_one_out)
+        assert np.array_equal(p, b.probs(array, positions, leave_one_out))
+        assert a.bits_per_byte(TEXT, None, leave_one_out) == pytest.approx(
+            -np.log2(p[positions, array].astype(float)).mean())
+
+
+def test_more_context_predicts_better(stories):
+    train, valid = stories
+    scores = [ngram.NGram(order).fit(train).bits_per_byte(valid) for order in (1, 2, 4, 8)]
     assert scores == sorted(scores, reverse=True)
-    with pytest.raises(ValueError, match="empty"):
-        ngram.NGram().fit(np.zeros(0, np.uint8))
-
-
-def test_ngram_save_load(tmp_path):
-    model = ngram.NGram(6).fit(TEXT)
-    model.save(tmp_path / "n.npz")
-    again = ngram.NGram.load(tmp_path / "n.npz")
-    for options in ({"leave_one_out": True}, {"adaptive": True}):
-        assert np.array_equal(model.probs(TEXT, np.arange(50), **options), again.probs(TEXT, np.arange(50), **options))
-    assert os.listdir(tmp_path) == ["n.npz"]
-
-
-def test_generate_is_repeatable_and_stops_at_a_story_end():
-    model = ngram.NGram(5).fit(data.encode(data.invent(200)))
-    story = model.generate(b"Once upon", 3000, 0.5, seed=3)
-    assert story == model.generate(b"Once upon", 3000, 0.5, seed=3) != model.generate(b"Once upon", 3000, 0.5, seed=4)
-    assert story.startswith(b"Once upon") and b"\0" not in story and len(story) < 3000
 
 
 def test_discounts_are_chen_and_goodmans():
     count = np.repeat([1, 2, 3, 4, 9], [40, 20, 10, 5, 7])
     y = 40 / (40 + 2 * 20)
-    assert ngram.discounts(count, "modified-kneser-ney") == pytest.approx([0, 1 - 2 * y * 20 / 40, 2 - 3 * y * 10 / 20, 3 - 4 * y * 5 / 10])
-    assert ngram.discounts(count, "absolute") == pytest.approx([0, y, y, y])
-    assert all(0 < d <= c for c, d in zip((1, 2, 3), ngram.discounts(np.array([1]), "modified-kneser-ney")[1:]))
+    modified = [0, 1 - 2 * y * 20 / 40, 2 - 3 * y * 10 / 20, 3 - 4 * y * 5 / 10]
+    assert ngram.discounts("modified-kneser-ney", count) == pytest.approx(modified)
+    assert ngram.discounts("absolute", count) == pytest.approx([0, y, y, y])
+    for c, discount in enumerate(ngram.discounts("modified-kneser-ney", np.array([1]))):
+        assert 0 <= discount <= c and (c == 0 or discount > 0)
 
 
-# ---- tiny.py -------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("truth", [[0.5, 0.3, 0.2], [0.9, 0.1, 0], [0.02, 0.03, 0.95]])
+def test_mixture_weights_are_those_that_made_the_data(truth):
+    rng = np.random.default_rng(0)
+    p = rng.random((40_000, 3)) * 0.9 + 0.05  # three models' p of one of two values
+    source = rng.choice(3, len(p), p=truth)
+    one = rng.random(len(p)) < p[np.arange(len(p)), source]
+    p = np.where(one[:, None], p, 1 - p)
+    weights = ngram.mixture_weights(p)
+    assert weights.sum() == pytest.approx(1) and np.abs(weights - truth).max() < 0.03
+    slope = (p / (p @ weights)[:, None]).mean(0)  # at the best, no model is worth more than 1
+    assert slope.max() < 1 + 2e-5
+    assert ngram.mixture_weights(np.zeros((5, 2))) == pytest.approx([0.5, 0.5])
+
+
+def test_mixture_weights_are_fast():
+    p = np.random.default_rng(0).random((300_000, 4)) ** [[1, 2, 3, 4]]
+    began = time.perf_counter()
+    ngram.mixture_weights(p)
+    assert time.perf_counter() - began < 10
+
+
+def test_jelinek_mercers_highest_share_is_the_best(stories):
+    """Half or double the share that the highest order hands down is worse, with each left out."""
+    train, _ = stories
+    model = ngram.NGram(8, "jelinek-mercer").fit(train)
+    some = np.arange(0, len(train), 7)
+    learned = model.constants[8].copy()
+    best = model.bits_per_byte(train, some, leave_one_out=True)
+    for share in (learned / 2, np.minimum(2 * learned, 0.99)):
+        model.constants[8] = share
+        assert model.bits_per_byte(train, some, leave_one_out=True) > best
+
+
+def test_generate_repeats_itself_and_stops_at_the_end_of_a_story(stories):
+    model = ngram.NGram(5).fit(stories[0])
+    story = model.generate(b"Once upon", 3000, 0.5, seed=3)
+    assert story == model.generate(b"Once upon", 3000, 0.5, seed=3)
+    assert story != model.generate(b"Once upon", 3000, 0.5, seed=4)
+    assert story.startswith(b"Once upon") and b"\0" not in story and len(story) < 3000
+    assert len(model.generate(b"Once upon", 5)) == 14  # length counts what is generated
+    assert model.generate() == model.generate(b"\0")[1:]  # both are the beginning of a story
+
+
+def test_save_and_load(tmp_path):
+    model = ngram.NGram(6).fit(TEXT)
+    model.save(tmp_path / "n.npz")
+    loaded = ngram.NGram.load(tmp_path / "n.npz")
+    for leave_one_out in (False, True):
+        p = model.probs(TEXT, np.arange(50), leave_one_out)
+        assert np.array_equal(p, loaded.probs(TEXT, np.arange(50), leave_one_out))
+    assert (loaded.size(), loaded.nbytes()) == (model.size(), model.nbytes())
+    assert os.listdir(tmp_path) == ["n.npz"]
+
+
+def test_the_class_needs_its_file_and_numpy_alone(tmp_path):
+    shutil.copy(ngram.__file__, tmp_path)
+    code = ("import sys, ngram; p = ngram.NGram(3).fit(b'a cat ' * 9).probs(b'a ca', [4]);"
+            "print(p.argmax()); sys.exit(any(x in sys.modules for x in ('data', 'torch', 'tqdm')))")
+    result = script("-c", code, cwd=tmp_path, env={"PYTHONPATH": ""})
+    assert result.returncode == 0 and result.stdout.strip() == str(ord("t")), result.stderr
+
+
+@pytest.mark.parametrize("order, smoothing", [(0, "absolute"), (256, "absolute"), (3, "unknown")])
+def test_what_cannot_be_counted_is_refused(order, smoothing):
+    with pytest.raises(ValueError, match="must be"):
+        ngram.NGram(order, smoothing)
+    with pytest.raises(ValueError, match="empty"):
+        ngram.NGram().fit(b"")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a text, a kept model, and what is wrong with some."""
+    here = tmp_path_factory.mktemp("ngram")
+    (here / "stories.txt").write_bytes(data.invent(50))
+    (here / "empty.txt").write_bytes(b"")
+    (here / "folder").mkdir()
+    result = script(os.path.join(HERE, "ngram.py"), "--data", "stories.txt", "--orders", 2, 6,
+                    "--save", "kept.npz", cwd=here)
+    assert result.returncode == 0 and "left out" in result.stdout, result.stderr
+    kept = bytearray((here / "kept.npz").read_bytes())
+    middle = len(kept) // 2
+    (here / "short.npz").write_bytes(kept[:middle])
+    kept[middle] ^= 1
+    (here / "damaged.npz").write_bytes(kept)
+    np.savez(here / "foreign.npz", x=np.zeros(3))
+    return here
+
+
+BAD_NGRAM = [
+    ("--data empty.txt", "empty.txt"), ("--load missing", "cannot load missing: No such file"),
+    ("--load empty.txt", "not what --save wrote"), ("--load folder", "cannot load folder"),
+    ("--load short.npz", "not what --save wrote"), ("--load damaged.npz", "not what --save wrote"),
+    ("--load foreign.npz", "not what --save wrote"),
+    ("--data stories.txt --orders 2 --save folder", "cannot write folder"),
+    ("--data stories.txt --orders 2 --save no/where", "cannot write no/where"),
+    ("--orders 0", "--orders"), ("--orders 256", "--orders"), ("--temperature -1", "--temperature"),
+    ("--temperature nan", "--temperature"), ("--seed -1", "--seed"), ("--sw", "--sw"),
+]
+
+
+@pytest.mark.parametrize("command, words", BAD_NGRAM)
+def test_bad_input_of_ngram_gets_one_line(place, command, words):
+    before = sorted(map(str, place.rglob("*")))
+    result = script(os.path.join(HERE, "ngram.py"), *command.split(), cwd=place)
+    assert result.returncode in (1, 2) and "Traceback" not in result.stderr, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert "error: " in last and words in last
+    assert sorted(map(str, place.rglob("*"))) == before
+
+
+def test_any_prompt_is_continued(place):
+    def story(prompt):
+        command = ("--load", "kept.npz", "--prompt", prompt)
+        result = script(os.path.join(HERE, "ngram.py"), *command, cwd=place)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.partition("n-grams")[2].strip()
+
+    beginning = story("")
+    assert beginning
+    assert story("<|endoftext|>") == "<|endoftext|>\n" + beginning
+    assert len(story("x" * 2000)) > 2000
+    assert story(b"\xff\xfe".decode("utf-8", "surrogateescape")).startswith("\ufffd\ufffd")
+
+
+# ---- tiny.py: the model --------------------------------------------------------------------------
 
 @pytest.fixture
 def model():
@@ -415,85 +577,99 @@ def model():
     return net
 
 
+def context_names(text, i):
+    """The contexts that byte i of a text completes, spelled out in plain Python."""
+    def is_letter(j):
+        return chr(text[j]).isalpha() or text[j] >= 128 or text[j] == ord("'")
+
+    def word_before(end):  # where the word that ends before `end` starts
+        while end > 0 and is_letter(end - 1):
+            end -= 1
+        return end
+
+    names = [text[max(0, i - n + 1) : i + 1].rjust(n, b"\0") for n in tiny.GRAMS]
+    start = word_before(i + 1)
+    word = text[start : i + 1] or text[i : i + 1]  # the word so far, or the mark that ended it
+    before = []
+    for _ in range(2):
+        end = start
+        while end > 0 and not is_letter(end - 1):
+            end -= 1
+        start = word_before(end)
+        before.append(text[start:end])
+    one, two = before
+    return names + [(word, "word"), (word, one), (word, one, two), (word, two, "skip")]
+
+
 def test_contexts_are_the_same_exactly_where_the_text_is():
-    text = b"\0The cat's hat. The cats sat, and the cat's hat sat: \"The cat's mat!\" the cat's hat sat. \xc3\xa9t\xc3\xa9 the cat"
-    words = tiny.contexts(np.frombuffer(text, np.uint8)[None], len(text))[0]
-    assert np.array_equal(tiny.contexts(np.frombuffer(text, np.uint8)[None], 5)[0], words[-5:])
-
-    def named(i):
-        """The contexts that byte i completes, in plain Python."""
-        def word_before(end):
-            start = end
-            while start > 0 and (chr(text[start - 1]).isalpha() or text[start - 1] >= 128 or text[start - 1] == ord("'")):
-                start -= 1
-            return start
-        begin = word_before(i + 1)
-        now, before = (text[begin : i + 1], b"" if i + 1 > begin else text[i : i + 1]), []
-        for _ in range(2):
-            end = begin
-            while end > 0 and word_before(end) == end:
-                end -= 1
-            begin = word_before(end)
-            before.append(text[begin:end])
-        one, two = before
-        return [text[max(0, i - n + 1) : i + 1].rjust(n, b"\0") for n in tiny.GRAMS] + [now, (now, one), (now, one, two), (now, two)]
-
-    names = [named(i) for i in range(len(text))]
+    text = (b"\0The cat's hat. The cats sat, and the cat's hat sat: \"The cat's mat!\" the "
+            b"cat's hat sat. \xc3\xa9t\xc3\xa9 the cat")
+    hashes = tiny.contexts(torch.tensor([list(text)]), len(text))[0]
+    assert torch.equal(tiny.contexts(torch.tensor([list(text)]), 5)[0], hashes[-5:])
+    names = [context_names(text, i) for i in range(len(text))]
     for kind in range(tiny.KINDS):
-        for i in range(len(text)):
-            for j in range(i):
-                assert (words[i, kind] == words[j, kind]) == (names[i][kind] == names[j][kind]), (kind, names[i][kind], names[j][kind])
-    assert len(np.unique(words)) == len({(kind, name) for row in names for kind, name in enumerate(row)})
+        by_name = {names[i][kind]: hashes[i, kind].item() for i in range(len(text))}
+        assert [by_name[row[kind]] for row in names] == hashes[:, kind].tolist()
+        assert len(set(by_name.values())) == len(by_name)
 
 
-def test_memory_learns_as_adagrad_on_its_known_rows():
+def test_memory_learns_as_adagrad_on_the_rows_of_known_contexts():
     memory = tiny.Memory(width=4, rows=8)
     torch.nn.init.normal_(memory.table)
-    table, pushed = memory.table.clone().requires_grad_(), torch.full((8,), 0.03)
-    memory.count.random_(0, 2)
-    memory.again = True  # nothing is counted below
-    memory.count *= 3
-    for step in range(3):
-        slots, goal = torch.randint(0, 2**tiny.SLOTS, (5, tiny.KINDS)), torch.randn(5, 4)
-        rows, known = slots >> tiny.SLOTS - 3, memory.count[slots] > 0
-        assert known.any() and not known.all()
-        hashes = slots.numpy().astype(np.uint64) << np.uint64(64 - tiny.SLOTS)  # the top bits are the slot, the first of them the row
-        (memory(hashes) - goal).square().mean().backward()
+    memory.count.random_(0, 2).mul_(3)
+    memory.second_epoch = True  # nothing is counted below
+    table = memory.table.clone().requires_grad_()
+    squares = torch.full((8,), 0.03)
+    for _ in range(3):
+        slots = torch.randint(0, 2**tiny.COUNTER_BITS, (5, tiny.KINDS))
+        goal = torch.randn(5, 4)
+        known = memory.count[slots] > 0
+        (memory(slots << (64 - tiny.COUNTER_BITS)) - goal).square().mean().backward()
         memory.step(0.1)
-        each = table[rows] * known[:, :, None]  # (5, KINDS, 4), and the gradient of each look-up
-        gradient = 5 * torch.autograd.grad((each.sum(1) - goal).square().mean(), each)[0]
+        rows = slots >> (tiny.COUNTER_BITS - 3)
+        each = table[rows] * known[:, :, None]
+        gradient = torch.autograd.grad((each.sum(1) - goal).square().mean(), each)[0] * 5
         for n, k in known.nonzero().tolist():
-            pushed[rows[n, k]] += gradient[n, k].square().mean()
+            squares[rows[n, k]] += gradient[n, k].square().mean()
         with torch.no_grad():
             for n, k in known.nonzero().tolist():
-                table[rows[n, k]] -= 0.1 * gradient[n, k] / pushed[rows[n, k]].sqrt()
+                table[rows[n, k]] -= 0.1 * gradient[n, k] / squares[rows[n, k]].sqrt()
         assert torch.allclose(memory.table, table, atol=1e-5)
 
 
-def test_memory_tells_of_a_context_only_what_was_learned_elsewhere():
+def test_memory_knows_of_a_context_only_what_was_learned_elsewhere():
     memory = tiny.Memory(width=2, rows=8)
     torch.nn.init.ones_(memory.table)
-    hashes = (np.arange(tiny.KINDS, dtype=np.uint64) * 999 << np.uint64(64 - tiny.SLOTS))[None]  # one position
+    hashes = torch.arange(tiny.KINDS)[None] << (64 - tiny.COUNTER_BITS)  # one position
 
     def visit():
-        """-> of how many contexts the row is looked up when it is learned from, and before and after that when it is not"""
+        """-> the share of contexts looked up when learning from them, and after that"""
         out = memory(hashes)
+        out.grad = torch.zeros_like(out)
+        memory.step(0.0)
         with torch.no_grad():
-            before = memory(hashes)
-            out.grad = torch.zeros_like(out)
-            memory.step(0.0)
-            return [round(x[0, 0].item() / len(hashes[0])) for x in (out, before, memory(hashes))]
+            return [x[0, 0].item() / tiny.KINDS for x in (out, memory(hashes))]
 
-    assert visit() == [0, 0, 1]  # new, so nothing is known; from now on it is
-    assert visit() == [1, 1, 1]
-    memory.again = True
-    assert visit() == [0, 1, 1]  # counted twice, one of them here: a single other place
-    memory.again = False
-    assert visit() == [1, 1, 1]
-    memory.again = True
-    assert visit() == [1, 1, 1] and memory.count.max() == 3  # two others; later readings count nothing
-    memory.again, memory.count[0] = False, 255
-    assert visit() == [1, 1, 1] and memory.count.max() == 255
+    assert visit() == [0, 1]  # new: nothing is known; from now on it is
+    assert visit() == [1, 1]
+    memory.second_epoch = True
+    assert visit() == [0, 1]  # counted twice, one of them here: a single other place
+    memory.second_epoch = False
+    visit()
+    memory.second_epoch = True
+    assert visit() == [1, 1] and memory.count.max() == 3  # later epochs count nothing
+
+
+def test_attention_finds_what_came_next_where_the_text_looked_alike():
+    """An induction head by eye: byte 30 looks like byte 10, so it takes over byte 11."""
+    torch.manual_seed(0)
+    attention = tiny.Attention(width=64, heads=1)
+    x = torch.randn(1, 40, 64)
+    x[0, 30] = x[0, 10]
+    attention.qkv.weight.data[128:] = torch.eye(64)  # values are the vectors themselves
+    attention.out.weight.data = torch.eye(64)
+    found = attention(x, torch.ones(40, 32), torch.zeros(40, 32))[0, 30]  # no positions
+    assert torch.cosine_similarity(found[None], x[0]).argmax() == 11
 
 
 def test_no_byte_sees_the_future(model):
@@ -503,122 +679,122 @@ def test_no_byte_sees_the_future(model):
         changed = ids.clone()
         changed[0, t] = (ids[0, t] + 1) % 256
         after = model(changed)[0]
-        assert torch.allclose(before[:, :t], after[:, :t], atol=1e-5) and not torch.allclose(before[:, t], after[:, t], atol=1e-3)
+        assert torch.allclose(before[:, :t], after[:, :t], atol=1e-5)
+        assert not torch.allclose(before[:, t], after[:, t], atol=1e-3)
 
 
-def test_attention_finds_what_came_next_where_the_text_looked_alike():
-    torch.manual_seed(0)
-    block, x, still = tiny.Block(width=64, heads=1), torch.randn(1, 40, 64), (torch.ones(40, 32), torch.zeros(40, 32))  # no positions
-    x[0, 30] = x[0, 10]
-    block.qkv.weight.data[128:] = block.out.weight.data[:] = torch.eye(64)  # values are the vectors themselves
-    found = (block(x, *still) - x)[0, 30]
-    assert torch.cosine_similarity(found[None], x[0]).argmax() == 11
-
-
-@pytest.mark.parametrize("pieces", [[32], [1] * 32, [5, 1, 1, 20, 5], [31, 1]])
-def test_cached_logits_equal_uncached(model, pieces):
+@pytest.mark.parametrize("first", [1, 5, 31])
+def test_cached_logits_equal_uncached(model, first):
     ids = torch.randint(0, 256, (3, 32))
-    cache = {}
-    parts = torch.cat([model(piece, cache)[0] for piece in ids.split(pieces, 1)], 1)
-    assert torch.allclose(parts, model(ids)[0], atol=1e-4)
-    with pytest.raises(ValueError, match="33 bytes do not fit"):
+    cache = model.new_cache(3)
+    with torch.no_grad():
+        pieces = [ids[:, :first], *ids[:, first:].split(1, 1)]
+        cached = torch.cat([model(piece, cache)[0] for piece in pieces], 1)
+    assert torch.allclose(cached, model(ids)[0], atol=1e-4)
+    with pytest.raises(ValueError, match="do not fit the context of 32"):
         model(ids[:, :1], cache)
 
 
-def test_quick_is_forward(model):
-    ids = torch.randint(0, 256, (1, 32))
-    cache = {}
-    with torch.inference_mode():
-        first, quick = model(ids[:, :5], cache)[0], tiny.quick(model, cache)
-        parts = torch.cat([first, *(quick(byte)[None, None] for byte in ids[0, 5:].tolist())], 1)
-        assert torch.allclose(parts, model(ids)[0], atol=1e-4)
-
+# ---- tiny.py: sampling ---------------------------------------------------------------------------
 
 def test_generate_feeds_what_evaluate_judges(model):
-    """Beyond the context, every byte is drawn from the logits that the last half to whole context gives uncached."""
+    """Beyond the context, every byte is drawn from what the last half to whole context gives."""
     prompt = bytes(range(65, 105))
-    told = [byte for _, (byte,) in zip(range(60), tiny.generate(model, [prompt], temperature=0))]
-    text = [0, *prompt, *told]
-    first = len(prompt) + 1
-    fed = first - 16  # the prompt is longer than the context: its last half is fed
-    for i in range(first, len(text)):
+    steps = tiny.generate(model, [prompt], temperature=0)
+    text = [0, *prompt, *(next(steps)[0] for _ in range(60))]
+    fed = len(prompt) + 1 - 16  # the prompt is longer than the context: its last half is fed
+    for i in range(len(prompt) + 1, len(text)):
         if i - fed > 32:
             fed = i - 16
         assert text[i] == int(model(torch.tensor([text[fed:i]]))[0][0, -1].argmax())
 
 
-def test_stories_side_by_side_are_those_told_alone(model):
-    prompts = [b"Once", b"A longer beginning", b"Tom"]
-    together = tiny.stories(model, prompts, 80, temperature=0)
-    assert together == [tiny.stories(model, [p], 80, temperature=0)[0] for p in prompts]
-    assert all(story.startswith(p) for story, p in zip(together, prompts))
+def test_stories_side_by_side_are_those_written_alone(model):
+    prompts = [b"Once", b"A longer beginning", b"", b"Tom"]
+    together = tiny.write_stories(model, prompts, 80, temperature=0)
+    assert together == [tiny.write_stories(model, [p], 80, temperature=0)[0] for p in prompts]
+    assert all(story.startswith(prompt) for story, prompt in zip(together, prompts))
 
 
-def test_residual_is_the_ngram_at_step_0_and_tells_what_it_was_judged_on():
-    counted = data.encode(data.invent(200))
-    counting, text = ngram.NGram(5).fit(counted), data.encode(data.invent(5, seed=3))
-    torch.manual_seed(0)
-    net = tiny.GPT(heads=2, width=16, context=64, rows=64, residual=True)
-    net.ngram = counting
-    assert tiny.evaluate(net, text) == pytest.approx(counting.bits_per_byte(text), rel=1e-3)
-    for p in [*net.parameters(), net.memory.table]:
-        torch.nn.init.normal_(p, std=0.1)
-    said, prompt = [], bytes(text[:80]).split(b"\0")[0]
-    told = [byte for _, (byte,) in zip(range(60), tiny.generate(net, [prompt], 0, fuse=lambda p, *_: said.append(p) or p))]
-    whole = np.frombuffer(prompt + bytes(told), np.uint8)
-    nats = [torch.log(p[0, byte]).item() for p, byte in zip(said, told)]
-    p = counting.probs(whole, np.arange(len(whole) + 1))
-    fed = 0  # in `whole` with its END in front; the cache starts again at half a context
-    for i in range(len(prompt), len(whole)):
-        if i + 1 - fed > 64:
-            fed = i + 1 - 32
-        ids = torch.tensor([[0, *whole[:i]]])[:, fed:]
-        logits, _ = net(ids, ngram=torch.from_numpy(p[fed : i + 1])[None])
-        assert torch.log_softmax(logits[0, -1], -1)[whole[i]].item() == pytest.approx(nats[i - len(prompt)], abs=1e-3)
+def test_choose_draws_as_often_as_it_should():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(3000, -1)
+    generator = torch.Generator().manual_seed(0)
+
+    def draws(**options):
+        return Counter(tiny.choose(logits, generator=generator, **options).tolist())
+
+    assert set(draws(temperature=0)) == {0}
+    assert draws()[1] == pytest.approx(900, abs=120)
+    assert draws(temperature=0.5)[1] == pytest.approx(3000 * 0.09 / 0.365, abs=120)
+    assert set(draws(top_p=0.7)) == {0, 1} and set(draws(top_p=0.0001)) == {0}
+
+
+# ---- tiny.py: learning ---------------------------------------------------------------------------
+
+def test_muon_makes_orthogonal_steps_and_learns():
+    singular = torch.linalg.svdvals(tiny.orthogonalize(torch.randn(8, 20)))
+    assert singular.min() > 0.3 and singular.max() < 1.3
+    tall = torch.randn(20, 8)
+    assert torch.allclose(tiny.orthogonalize(tall), tiny.orthogonalize(tall.T).T, atol=1e-5)
+    w = torch.nn.Parameter(torch.zeros(6, 4))
+    goal = torch.randn(6, 4)
+    muon = tiny.Muon([w], lr=0.05)
+    for _ in range(200):
+        muon.zero_grad()
+        loss = (w - goal).square().mean()
+        loss.backward()
+        muon.step()
+    assert loss < 0.05 * goal.square().mean()
+    with pytest.raises(ValueError, match="for matrices"):
+        tiny.Muon([torch.nn.Parameter(torch.zeros(5))])
 
 
 def test_distillation_loss_is_the_cross_entropy_it_claims():
-    logits, target = torch.randn(7, 256), torch.randint(0, 256, (7,))
+    logits = torch.randn(7, 256)
+    target = torch.randint(0, 256, (7,))
     teacher = torch.softmax(torch.randn(7, 256), -1)
     log_p = torch.log_softmax(logits, -1)
-    want = -0.4 * log_p[torch.arange(7), target].mean() - 0.6 * (teacher * log_p).sum(1).mean()
-    assert torch.allclose(tiny.distillation_loss(logits, target, teacher, 0.6), want)
-    assert torch.allclose(tiny.distillation_loss(logits, target, teacher, 0), F.cross_entropy(logits, target))
+    hard = -log_p[torch.arange(7), target].mean()
+    soft = -(teacher * log_p).sum(1).mean()
+    loss = tiny.distillation_loss(logits, target, teacher, 0.6)
+    assert torch.allclose(loss, 0.4 * hard + 0.6 * soft)
 
 
-def test_batches_pair_each_byte_with_the_teachers_opinion_of_it():
+def test_batches_pair_each_byte_with_the_teachers_view_of_it():
     counted = data.encode(data.invent(200))
     teacher = ngram.NGram(6).fit(counted)
-    batches = tiny.Batches(counted, 4, 32, teacher, seed=0)
+    batches = tiny.Batches(counted, 4, 32, 0, teacher)
     for step in range(3):
-        window, q = batches.get(True)
-        for at, row, dists in zip(batches.order[4 * step :], window.numpy(), q.numpy()):
+        ids, q = batches.get(step, taught=True)
+        for at, row, distributions in zip(batches.order[4 * step :], ids.numpy(), q.numpy()):
             assert row.astype(np.uint8).tobytes() == (b"\0" + counted.tobytes())[at : at + 33]
             want = teacher.probs(counted, at + np.arange(32), leave_one_out=True)
-            assert np.allclose(dists, want)  # distribution t is about byte t + 1 of the window
+            assert np.allclose(distributions, want)  # number t is about byte t + 1 of the window
 
 
 def test_batches_read_everything_once_before_anything_again():
     text = np.random.default_rng(0).integers(1, 256, 4000, dtype=np.uint8)
-    whole, orders = b"\0" + text.tobytes(), []
+    whole = b"\0" + text.tobytes()
+    orders = []
     for world in (1, 2):
         covered = np.zeros(len(whole))
         for rank in range(world):
-            batches = tiny.Batches(text, 4, 32, None, 1, rank, world)
-            assert batches.per_reading == 3969 // world // (4 * 32)
-            for reading in range(2):
-                orders.append([whole.find(row.numpy().astype(np.uint8).tobytes()) for _ in range(batches.per_reading) for row in batches.get(False)[0]])
+            batches = tiny.Batches(text, 4, 32, 1, None, rank, world)
+            assert batches.per_epoch == 3969 // (4 * 32 * world)
+            for epoch in range(2):
+                steps = epoch * batches.per_epoch + np.arange(batches.per_epoch)
+                windows = [row for step in steps for row in batches.get(step)[0].tolist()]
+                orders.append([whole.find(bytes(row)) for row in windows])
                 once = np.zeros(len(whole))
                 for at in orders[-1]:
-                    assert at >= 0
                     once[at : at + 32] += 1
-                assert once.max() == 1
+                assert min(orders[-1]) >= 0 and once.max() == 1
                 covered += once
         assert (covered[64:-160] >= 1).mean() > 0.9  # what does not fill a step is left out
-    assert orders[0] != orders[1] and sorted(orders[0]) != sorted(orders[1])  # cut elsewhere, in another order
-    later = tiny.Batches(text, 4, 32, None, 1, step=5)
-    assert torch.equal(later.get(False)[0], torch.tensor([list(whole[at : at + 33]) for at in orders[0][20:24]]))
-    tiny.Batches(text[:40], 8, 32, None, 1).get(False)  # shorter than a batch: some of it several times
+    assert orders[0] != orders[1] and sorted(orders[0]) != sorted(orders[1])  # cut elsewhere too
+    later = tiny.Batches(text, 4, 32, 1).get(5)[0]
+    assert later.tolist() == [list(whole[at : at + 33]) for at in orders[0][20:24]]
+    tiny.Batches(text[:40], 8, 32, 1).get(0)  # shorter than a batch: some of it several times
 
 
 def test_evaluate_scores_every_byte_once_with_real_context(model):
@@ -626,262 +802,54 @@ def test_evaluate_scores_every_byte_once_with_real_context(model):
     ids = torch.tensor([0, *text.tolist()])
     nats = 0.0
     for i in range(len(text)):
-        start = 0 if i < 32 else (i // 16 - 1) * 16
-        nats -= torch.log_softmax(model(ids[None, start : i + 1])[0][0, -1], -1)[text[i]].item()
-    assert tiny.evaluate(model, text) == pytest.approx(nats / len(text) / math.log(2), rel=1e-4)
+        start = max(0, (i // 16 - 1) * 16)
+        logits = model(ids[None, start : i + 1])[0][0, -1]
+        nats -= torch.log_softmax(logits, -1)[text[i]].item()
     state = torch.get_rng_state()
-    for size in (1, 5, 16, 17, 33):
-        assert tiny.evaluate(model, text[:size]) > 0
+    assert tiny.evaluate(model, text) == pytest.approx(nats / len(text) / math.log(2), rel=1e-4)
+    assert all(tiny.evaluate(model, text[:size]) > 0 for size in (1, 5, 16, 17, 33))
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_muon_makes_orthogonal_steps_and_learns():
-    x = tiny.orthogonalize(torch.randn(3, 8, 20))
-    s = torch.linalg.svdvals(x)
-    assert s.min() > 0.3 and s.max() < 1.3
-    assert torch.allclose(tiny.orthogonalize(torch.ones(1, 20, 8)).mT, tiny.orthogonalize(torch.ones(1, 8, 20)), atol=1e-5)
-    w, goal = torch.nn.Parameter(torch.zeros(6, 4)), torch.randn(6, 4)
-    optimizer = tiny.Muon([w], lr=0.05)
-    losses = []
-    for _ in range(200):
-        loss = (w - goal).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.05 * losses[0]
-
-
-def test_choose():
-    p = torch.tensor([[0.5, 0.3, 0.15, 0.05] + [0.0] * 252]).expand(3000, -1)
-    g = torch.Generator().manual_seed(0)
-    draws = lambda **kw: Counter(tiny.choose(p.log(), generator=g, **kw).tolist())
-    assert set(draws(temperature=0)) == {0}
-    assert draws()[1] == pytest.approx(900, abs=120) and draws(temperature=0.5)[1] == pytest.approx(3000 * 0.09 / 0.365, abs=120)
-    assert set(draws(top_p=0.7)) == {0, 1} and set(draws(top_p=0.0001)) == {0}
-
-
-def test_picture_and_svg_hold_the_curve():
-    curve = [(5, 2.5), (60, 1.4), (120, 1.1)]
-    text = tiny.picture(curve, 1.25)
-    assert text.count("o") >= 3 and "n-gram 1.25" in text and "2.50" in text and "1.10" in text and "120 s" in text
-    assert tiny.svg(curve, 1.25).count("<circle") == 3 and "n-gram 1.250" in tiny.svg(curve, 1.25)
-    assert tiny.picture([(1, 3.0)], None) and tiny.svg([(1, 3.0)], None)
-
-
-def closing_block(stdout):
-    """The `key: value` lines of a run -> dict."""
-    return dict(line.split(": ", 1) for line in stdout.splitlines() if ": " in line and line.split(": ")[0].replace("_", "").isalpha())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, long_file):
-    """One whole run of the main job on the clock, as a user starts it. -> (its output, its folder)"""
-    out = tmp_path_factory.mktemp("run") / "out"
-    result = script("tiny.py", "--minutes", 0.4, "--data", long_file, "--out", out, "--width", 32, "--order", 8)
-    assert result.returncode == 0, result.stderr
-    return result, out
-
+# ---- tiny.py: a run, as a user starts it ---------------------------------------------------------
 
 def test_main_job(finished):
     result, out = finished
     facts = closing_block(result.stdout)
-    keys = "val_bpb ngram_bpb seconds steps bytes_seen parameters device seed out".split()
-    assert all(key in facts for key in keys)
-    assert 24 * 0.95 < float(facts["seconds"]) < 24 * 1.05  # ±2 % of five minutes are 6 s; here 5 % are 1.2 s
+    assert 24 * 0.95 < float(facts["seconds"]) < 24 * 1.05  # ±2 % of five minutes are 6 s
     assert float(facts["val_bpb"]) < 1.5 and float(facts["ngram_bpb"]) < 0.6
     assert int(facts["bytes_seen"]) == int(facts["steps"]) * 8 * 512
-    assert "\r" not in result.stderr and result.stdout.rstrip().endswith(f"python sample.py --out {out}")
-    assert "NOTICE" not in result.stderr
-    assert sorted(os.listdir(out)) == ["curve.svg", "log.jsonl", "model.pt"]
-
-
-def test_sample_reads_the_checkpoint(finished):
-    _, out = finished
-    command = ["sample.py", "--out", out, "--n", 3, "--length", 400]
-    result = script(*command)
-    told = result.stdout.split("\n<|endoftext|>\n")
-    assert len(told) == 3 and all(story.startswith("Once upon a time") for story in told), result.stderr
-    assert script(*command).stdout == result.stdout != script(*command, "--seed", 2).stdout
-    model, checkpoint = tiny.load_checkpoint(out)
-    assert checkpoint["facts"]["val_bpb"] == float(closing_block(finished[0].stdout)["val_bpb"])
-    result = script("sample.py", "--out", out, "--n", 1, "--length", 40, "--prompt", b"\xff\xfe caf\xc3\xa9 \x1b[2J".decode("utf-8", "surrogateescape"))
-    assert result.returncode == 0 and result.stdout.startswith("\ufffd\ufffd café \ufffd[2J")
-
-
-def test_a_residual_run_is_whole(tmp_path, stories_file):
-    result = script("tiny.py", "--steps", 30, "--data", stories_file, "--out", tmp_path / "r", "--order", 4, "--width", 16, "--residual")
-    facts = closing_block(result.stdout)
-    assert float(facts["val_bpb"]) < float(facts["ngram_bpb"]), result.stderr
-    assert script("sample.py", "--out", tmp_path / "r", "--n", 1, "--length", 60).stdout.startswith("Once upon a time")
-
-
-def test_the_largest_size_that_gets_enough_steps(monkeypatch):
-    text = data.encode(data.invent(50))
-    monkeypatch.setattr(tiny, "ENOUGH", 10)
-    monkeypatch.setattr(tiny, "learn", lambda *_: time.sleep(0.01))  # a step
-    monkeypatch.setattr(tiny, "SIZES", {"small": dict(layers=1, heads=1, width=16, context=32, batch=2),
-                                        "large": dict(layers=1, heads=1, width=128, context=128, batch=4)})
-    pick = lambda seconds, *options: tiny.pick_size(tiny.parse_arguments(options), text, torch.device("cpu"), seconds)
-    assert pick(2)[0]["width"] == 128 and pick(0.01)[0]["width"] == 16 and "more than small needs 10" in pick(0.01)[1]
-    assert pick(2, "--steps", "9")[0]["width"] == 16 and pick(0.01, "--size", "large", "--width", "32")[0] == dict(
-        layers=1, heads=1, width=32, context=128, batch=4)
-    monkeypatch.setattr(tiny, "LEAST", 9 * 4 * 128 // 2)
-    text = text[:1000]
-    assert pick(2)[0]["width"] == 16 and "large 8;" in pick(2)[1]  # time enough, too little text
-
-
-@slow
-def test_seeds_and_sweep_go_on_where_they_stopped(tmp_path, stories_file):
-    def lines(*options):
-        result = script(os.path.join(HERE, "tiny.py"), "--steps", 4, "--order", 0, "--width", 16, "--data", stories_file, *options, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    first = lines("--seeds", 1)
-    both = lines("--seeds", 2)
-    table = (tmp_path / "out-seeds.tsv").read_text().splitlines()
-    assert len(table) == 3 and table[1] in first and table[1].rsplit("\t", 1)[0] in both
-    bpb = [float(line.split("\t")[0]) for line in table[1:]]
-    assert f"2 runs: {np.mean(bpb):.4f} ± {np.std(bpb, ddof=1):.4f}" in both
-    assert (tmp_path / "out-seed2" / "model.pt").exists()
-    (tmp_path / "sweep.tsv").write_text("not\ta table\n")
-    refused(script(os.path.join(HERE, "tiny.py"), "--sweep", 1, cwd=tmp_path), "sweep.tsv", "move it away")
+    assert "\r" not in result.stderr and "NOTICE" not in result.stderr
+    assert result.stdout.rstrip().endswith(f"python sample.py --out {out}")
+    assert sorted(os.listdir(out)) == ["log.jsonl", "model.pt"]
+    rows = [json.loads(line) for line in open(out / "log.jsonl", encoding="utf-8")]
+    assert 5 <= len(rows) <= len(tiny.LOOKS) and rows[-1]["bpb"] < rows[0]["bpb"]
+    _, checkpoint = tiny.load_checkpoint(out)
+    assert checkpoint["facts"]["val_bpb"] == float(facts["val_bpb"]) and checkpoint["made_here"]
 
 
 def test_without_network_or_ngram(tmp_path):
     """The main job on the built-in stories, without --data, when nothing answers."""
-    code = "import data, tiny; data.URL = 'http://127.0.0.1:9'; data.run(lambda: tiny.main(['--steps', '3', '--order', '0', '--distill', '0']))"
+    code = ("import data, tiny; data.URL = 'http://127.0.0.1:9'; "
+            "data.run(lambda: tiny.main(['--steps', '3', '--order', '0']))")
     result = script("-c", code, cwd=tmp_path, env={"PYTHONPATH": HERE})
     assert result.returncode == 0, result.stderr
-    assert "MEAN NOTHING" in result.stderr and "ngram_bpb: none" in result.stdout and "val_bpb: " in result.stdout
-
-
-BAD = [  # command, words of the one line that answers it
-    ("tiny.py --data missing.txt", ["cannot read missing.txt", "--data"]), ("tiny.py --data empty.txt", ["empty.txt is empty"]),
-    ("tiny.py --data folder", ["cannot read folder", "directory"]), ("tiny.py --data nul.txt", ["training text has 0 bytes"]),
-    ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 513"]), ("tiny.py --valid short.txt", ["--valid needs --data"]),
-    ("tiny.py --data stories.txt --valid missing.txt", ["missing.txt"]), ("tiny.py --data stories.txt --valid short.txt", ["validation text has 10 bytes"]),
-    ("tiny.py --data stories.txt --valid stories.txt", ["stories.txt", "both"]),
-    ("tiny.py --minutes 0", ["--minutes 0"]), ("tiny.py --minutes -1", ["--minutes -1"]), ("tiny.py --minutes nan", ["--minutes nan"]),
-    ("tiny.py --minutes inf", ["--minutes inf"]), ("tiny.py --steps 0", ["--steps 0"]), ("tiny.py --rate 0", ["--rate 0"]),
-    ("tiny.py --distill 1.5", ["--distill 1.5"]), ("tiny.py --order 300", ["--order 300"]), ("tiny.py --order 0 --distill 0.5", ["no teacher"]),
-    ("tiny.py --residual --distill 0.5", ["leave out"]), ("tiny.py --width 30 --heads 4", ["--width 30"]), ("tiny.py --layers 0", ["--layers 0"]),
-    ("tiny.py --context 7000", ["--context 7000"]), ("tiny.py --context 33", ["--context 33"]), ("tiny.py --batch 0", ["--batch 0"]),
-    ("tiny.py --device mps", ["--device mps", "--device cpu"]), ("tiny.py --device cuda", ["--device cuda"]),
-    ("tiny.py --megabytes 0", ["--megabytes 0"]), ("tiny.py --seeds 0", ["--seeds 0"]), ("tiny.py --sweep -3", ["--sweep -3"]),
-    ("tiny.py --data stories.txt --out short.txt", ["cannot write short.txt"]), ("tiny.py --data stories.txt --out short.txt/run", ["cannot write short.txt"]),
-    ("tiny.py --resume nowhere", ["no model.pt in nowhere"]), ("tiny.py --resume broken", ["not a checkpoint"]), ("tiny.py --resume other", ["not a checkpoint"]),
-    ("tiny.py --resume old", ["another version"]),
-    ("ngram.py --orders 0", ["--orders"]), ("ngram.py --data empty.txt", ["empty.txt"]), ("ngram.py --load missing", ["cannot read missing"]),
-    ("ngram.py --load empty.txt", ["not what ngram.py saved"]), ("ngram.py --temperature -1", ["--temperature -1"]),
-    ("ngram.py --data stories.txt --orders 2 --save folder", ["cannot write folder"]), ("ngram.py --data stories.txt --orders 2 --save no/where", ["cannot write no/where"]),
-    ("data.py --data missing.txt", ["missing.txt"]), ("data.py --data folder", ["folder"]), ("data.py --megabytes nan", ["--megabytes nan"]),
-    ("sample.py --out nowhere", ["no model.pt in nowhere", "train a model first"]), ("sample.py --out broken", ["not a checkpoint"]),
-    ("sample.py --out other", ["not a checkpoint"]), ("sample.py --out evil", ["not a checkpoint"]), ("sample.py --out old", ["another version"]),
-    ("sample.py --out short.txt", ["short.txt"]), ("sample.py --out isfolder", ["isfolder"]), ("sample.py --device cuda", ["--device cuda"]),
-    ("sample.py --fuse nonsense", ["no model.pt in out"]), ("sample.py --score", ["--fuse"]), ("sample.py --export x", ["--judge"]),
-    ("sample.py --fuse ngram --weights -1 2", ["--weights"]), ("sample.py --judge out out --data stories.txt", ["no model.pt in out"]),
-    ("sample.py --n 0", ["--n 0"]), ("sample.py --length 0", ["--length 0"]), ("sample.py --temperature -1", ["--temperature -1"]),
-    ("sample.py --top-p 0", ["--top-p 0"]), ("sample.py --top-p 1.5", ["--top-p 1.5"]), ("sample.py --order 0", ["--order 0"]),
-]
-
-
-class Evil:
-    """A pickle that would create a file when it is loaded."""
-
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-@pytest.fixture(scope="module")
-def bad_place(tmp_path_factory):
-    """A folder with everything that BAD names."""
-    here = tmp_path_factory.mktemp("bad")
-    (here / "empty.txt").write_bytes(b"")
-    (here / "short.txt").write_bytes(b"Too short.")
-    (here / "nul.txt").write_bytes(bytes(1000))
-    (here / "stories.txt").write_bytes(data.invent(50))
-    (here / "folder").mkdir()
-    for name in ("broken", "other", "evil", "old", "isfolder"):
-        (here / name).mkdir()
-    (here / "isfolder" / "model.pt").mkdir()
-    (here / "broken" / "model.pt").write_bytes(b"no checkpoint")
-    torch.save({"model": {"weight": torch.zeros(3)}}, here / "other" / "model.pt")
-    torch.save({"version": -1}, here / "old" / "model.pt")
-    torch.save(Evil(), here / "evil" / "model.pt")
-    return here
-
-
-@pytest.mark.parametrize("command, words", BAD)
-def test_bad_input_gets_one_line(bad_place, command, words, monkeypatch):
-    """In this process, with what data.run would do with it: one line and exit code 1, nothing written."""
-    if ("cuda" in command and torch.cuda.is_available()) or ("mps" in command and torch.backends.mps.is_available()):
-        pytest.skip("this machine has one")
-    monkeypatch.chdir(bad_place)
-    before = sorted(map(str, bad_place.rglob("*")))
-    name, *rest = command.split()
-    if name == "ngram.py":  # as a module it is the class alone
-        refused(script(os.path.join(HERE, name), *rest, cwd=bad_place), *words)
-    else:
-        monkeypatch.setattr(sys, "argv", [name, *rest])
-        with pytest.raises(SystemExit) as ended:
-            data.run({"data.py": data, "tiny.py": tiny, "sample.py": sample}[name].main)
-        line = ended.value.code
-        assert line.startswith("error: ") and "\n" not in line and all(word in line for word in words), line
-    assert sorted(map(str, bad_place.rglob("*"))) == before
-
-
-def test_bad_input_from_outside(bad_place):
-    refused(script(os.path.join(HERE, "tiny.py"), "--data", "missing.txt", cwd=bad_place), "missing.txt")
-    result = script(os.path.join(HERE, "tiny.py"), "--no-such-option", cwd=bad_place)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    stories = ["--data", "stories.txt"]
-    prompt = script(os.path.join(HERE, "ngram.py"), *stories, "--orders", 3, "--prompt", b"\xff\xfe".decode("utf-8", "surrogateescape"), cwd=bad_place)
-    assert prompt.returncode == 0 and "\ufffd" in prompt.stdout
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path):
-    (tmp_path / "model.pt").write_bytes(b"old")
-    code = ("import data, resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
-            "data.run(lambda: data.save('model.pt', bytes(2000)))")
-    refused(script("-c", code, cwd=tmp_path, env={"PYTHONPATH": HERE}), "cannot write model.pt", "free some space")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("model.pt", b"old")]
-
-
-def test_a_truncated_checkpoint_is_refused(tiny_runs, tmp_path):
-    tiny_runs("a", "--steps", 2)
-    whole = (tmp_path / "a" / "model.pt").read_bytes()
-    for part in range(16):
-        (tmp_path / "a" / "model.pt").write_bytes(whole[: len(whole) * part // 16])
-        with pytest.raises(data.Problem, match="not a checkpoint"):
-            tiny.load_checkpoint(str(tmp_path / "a"))
-
-
-def test_help_has_an_example():
-    for name in ("data.py", "ngram.py", "tiny.py", "sample.py"):
-        result = script(name, "--help")
-        assert result.returncode == 0 and "example: python " + name in result.stdout
-
-
-# ---- what one can rely on ------------------------------------------------------------------------------------------------------------
-
-SMALL = ["--width", "16", "--context", "64", "--order", "4"]
+    assert "MEAN NOTHING" in result.stderr and "ngram_bpb: None" in result.stdout
 
 
 @pytest.fixture
 def tiny_runs(monkeypatch, tmp_path, stories_file):
-    """A function that calls tiny.main in this process with a small net and memory. -> the weights that it saved"""
+    """A function that calls tiny.main in this process with a small net. -> the weights it saved"""
     monkeypatch.setattr(tiny, "GPT", functools.partial(tiny.GPT, rows=2**10))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def run(name, *options):
-        tiny.main(["--data", str(stories_file), "--out", str(tmp_path / name), *SMALL, *map(str, options)] if "--resume" not in options else [*map(str, options)])
+    def train(name, *options):
+        where = ["--data", stories_file, "--out", tmp_path / name, *SMALL]
+        if "--resume" in options:
+            where = []
+        tiny.main([str(option) for option in (*where, *options)])
         return torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"]
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return train
 
 
 def same(a, b):
@@ -890,217 +858,325 @@ def same(a, b):
 
 def test_steps_repeat_exactly_and_evaluating_changes_nothing(tiny_runs, monkeypatch):
     first = tiny_runs("a", "--steps", 12, "--distill", 0.5)
+    monkeypatch.setattr(tiny, "LOOKS", ())
     assert same(first, tiny_runs("b", "--steps", 12, "--distill", 0.5))
-    monkeypatch.setattr(tiny, "SHOW", ())
-    assert same(first, tiny_runs("c", "--steps", 12, "--distill", 0.5))
+
+
+def stop_at(monkeypatch, step, number):
+    """Send this process a signal in the middle of a step."""
+    train_step = tiny.train_step
+    count = []
+
+    def stopping(*rest):
+        count.append(1)
+        if len(count) == step:
+            os.kill(os.getpid(), number)
+        return train_step(*rest)
+
+    monkeypatch.setattr(tiny, "train_step", stopping)
+    return count
 
 
 @pytest.mark.parametrize("cut", [1, 4, 8, 9, 15])
-def test_interrupted_and_resumed_equals_uninterrupted(tiny_runs, monkeypatch, tmp_path, cut, capsys, stories_file):
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_runs, monkeypatch, tmp_path, cut,
+                                                      capsys):
     """Bit for bit, in the phase with a teacher, at its end and after it."""
     options = ["--steps", 16, "--distill", 0.5]
-    whole, learn, count = tiny_runs("whole", *options), tiny.learn, []
-
-    def counted(*rest):
-        count.append(1)
-        if len(count) == cut:
-            os.kill(os.getpid(), signal.SIGTERM if cut % 2 else signal.SIGINT)
-        return learn(*rest)
-
-    monkeypatch.setattr(tiny, "learn", counted)
+    whole = tiny_runs("whole", *options)
+    number = (signal.SIGTERM, signal.SIGINT)[cut % 2]
+    count = stop_at(monkeypatch, cut, number)
     with pytest.raises(SystemExit) as ended:
         tiny_runs("cut", *options)
-    assert ended.value.code in (128 + signal.SIGTERM, 128 + signal.SIGINT) and f"interrupted after {cut} steps" in capsys.readouterr().out
-    with pytest.raises(data.Problem, match="--steps 17 differs .* which has 16"):
+    assert ended.value.code == 128 + number
+    assert f"interrupted after {cut} steps" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
         tiny.main(["--resume", str(tmp_path / "cut"), "--steps", "17"])
-    (tmp_path / "other.txt").write_bytes(data.invent(399))
-    assert same(whole, tiny_runs("cut", "--resume", tmp_path / "cut", "--steps", "16"))
+    assert "leave out --steps" in capsys.readouterr().err
+    assert same(whole, tiny_runs("cut", "--resume", tmp_path / "cut"))
     assert len(count) == 16
     with pytest.raises(data.Problem, match="is complete"):
         tiny.main(["--resume", str(tmp_path / "cut")])
 
 
-def test_resume_refuses_other_text(tiny_runs, monkeypatch, tmp_path, stories_file):
-    monkeypatch.setattr(tiny, "SAVE_EVERY", 0)
-    path = tmp_path / "text.txt"
-    path.write_bytes(stories_file.read_bytes())
-    monkeypatch.setattr(tiny, "stories", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT) or [b""])
+def test_the_checksum_says_whether_a_text_is_the_runs(tiny_runs, monkeypatch, tmp_path,
+                                                      stories_file):
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(stories_file.read_bytes())
+    other = tmp_path / "other.txt"
+    other.write_bytes(data.invent(300))
+    stop_at(monkeypatch, 5, signal.SIGINT)
     with pytest.raises(SystemExit):
-        tiny_runs("r", "--steps", 9, "--data", path)
-    path.write_bytes(data.invent(300))
-    with pytest.raises(data.Problem, match="not the one of the run"):
-        tiny.main(["--resume", str(tmp_path / "r")])
+        tiny_runs("r", "--steps", 9)
+    for options in (["--data", other], ["--data", moved, "--valid", other]):
+        with pytest.raises(data.Problem, match="not the one"):
+            tiny_runs("r", "--resume", tmp_path / "r", *options)
+    tiny_runs("r", "--resume", tmp_path / "r", "--data", moved)
+    assert tiny.load_checkpoint(tmp_path / "r")[1]["facts"]["steps"] == 9
 
 
-KILLED = """
-import functools, os, random, signal, sys, time
-import tiny
-random.seed(0)
-tiny.torch.optim.AdamW([tiny.torch.zeros(1)])  # the first optimizer imports for a second
-tiny.GPT, tiny.SAVE_EVERY = functools.partial(tiny.GPT, rows=2**10), 0  # saves after every step
-for i in range(int(sys.argv[1])):
-    began = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        tiny.START = began
-        tiny.torch.set_num_threads(1)
-        tiny.main(sys.argv[2:] + ["--out", f"run{i}", "--minutes", "1"])
-        os._exit(0)
-    time.sleep(random.uniform(0.1, 1.3))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
+def test_no_run_ever_touches_another(tiny_runs, monkeypatch, tmp_path, capsys):
+    first = tiny_runs("a", "--steps", 2)
+    tiny_runs("a", "--steps", 3)
+    assert f"this run goes to {tmp_path / 'a'}-2" in capsys.readouterr().err
+    assert same(first, torch.load(tmp_path / "a" / "model.pt", weights_only=True)["weights"])
+    assert tiny.load_checkpoint(tmp_path / "a-2")[1]["facts"]["steps"] == 3
+    stop_at(monkeypatch, 2, signal.SIGINT)
+    with pytest.raises(SystemExit):
+        tiny_runs("b", "--steps", 9)
+    held = data.lock(tmp_path / "b" / "log.jsonl")  # as the run itself would hold it
+    with pytest.raises(data.Problem, match="still going"):
+        tiny_runs("b", "--resume", tmp_path / "b")
+    held.close()
 
 
 @slow
 def test_killed_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, stories_file):
-    kills = 30
-    small = tmp_path / "small.txt"
-    small.write_bytes(data.invent(60))
-    result = script("-c", KILLED, kills, "--data", small, *SMALL, "--order", 0, "--size", "small", cwd=tmp_path, env={"PYTHONPATH": HERE})
-    assert result.returncode == 0, result.stderr
+    """It saves after every step and is killed at ten moments."""
+    code = ("import functools, sys, tiny; tiny.GPT = functools.partial(tiny.GPT, rows=2**10); "
+            "tiny.SAVE_EVERY = 0; tiny.main(sys.argv[1:])")
+    random = np.random.default_rng(0)
     loaded = 0
-    for i in range(kills):
-        if (tmp_path / f"run{i}" / "model.pt").exists():
-            model, rest = tiny.load_checkpoint(str(tmp_path / f"run{i}"))
-            assert rest["training"]["now"]["step"] > 0 and all(p.isfinite().all() for p in model.parameters())
+    for i in range(10):
+        out = tmp_path / str(i)
+        command = [sys.executable, "-c", code, "--data", stories_file, "--out", out, *SMALL]
+        command += ["--order", 0, "--minutes", 5]
+        env = os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL) as run:
+            while not out.exists() and run.poll() is None:
+                time.sleep(0.01)
+            time.sleep(random.uniform(0.3, 1.5))
+            run.kill()
+        if (out / "model.pt").exists():
+            model, checkpoint = tiny.load_checkpoint(out)
+            assert checkpoint["training"]["state"]["step"] > 0
+            assert all(p.isfinite().all() for p in model.parameters())
             loaded += 1
-    assert loaded > kills // 3
+    assert loaded > 3
 
 
-def test_a_run_is_never_overwritten(tiny_runs, tmp_path, capsys):
-    first = tiny_runs("a", "--steps", 2)
-    tiny_runs("a", "--steps", 3)
-    tiny_runs("a", "--steps", 4)
-    assert "it is now in" in capsys.readouterr().err
-    assert same(first, torch.load(tmp_path / "a.1" / "model.pt", weights_only=True)["weights"]) and (tmp_path / "a.2" / "model.pt").exists()
-
-
-def test_gradients_that_are_no_numbers_are_skipped_and_counted(tiny_runs, monkeypatch, tmp_path, capsys):
-    make, batch = tiny.Batches.make, []
-
-    def poisoned(self, taught):
-        window, teacher = make(self, taught)
-        batch.append(1)
-        if teacher is not None and len(batch) in bad:
-            teacher[0, 0] = math.nan
-        return window, teacher
-
-    monkeypatch.setattr(tiny.Batches, "make", poisoned)
+def test_nan_gradients_are_skipped_and_counted(tiny_runs, monkeypatch, tmp_path, capsys):
+    get = tiny.Batches.get
     bad = {3, 5}
+
+    def poisoned(self, step, taught):
+        ids, teacher = get(self, step, taught)
+        if step in bad:
+            teacher[0, 0] = math.nan
+        return ids, teacher
+
+    monkeypatch.setattr(tiny.Batches, "get", poisoned)
     weights = tiny_runs("a", "--steps", 12, "--distill", 1)
-    assert "skipped_steps: 2\n" in capsys.readouterr().out and all(w.isfinite().all() for w in weights.values())
-    batch, bad = [], set(range(6, 100))
-    with pytest.raises(data.Problem, match="--rate 0.5"):
+    assert "skipped_steps: 2\n" in capsys.readouterr().out
+    assert all(w.isfinite().all() for w in weights.values())
+    bad.update(range(6, 100))
+    with pytest.raises(data.Problem, match="rate=0.5"):
         tiny_runs("b", "--steps", 40, "--distill", 1)
-    model, rest = tiny.load_checkpoint(str(tmp_path / "b"))
-    assert rest["training"]["now"]["step"] == 5 + tiny.PATIENCE and all(p.isfinite().all() for p in model.parameters())
+    model, checkpoint = tiny.load_checkpoint(tmp_path / "b")
+    assert checkpoint["training"]["state"]["step"] == 5 + tiny.PATIENCE
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--minutes", 1e-6], "not a single step"),
+    (["--steps", 8, "--set", "rate=1e5"], "diverged"),
+])
+def test_figures_that_mean_nothing_are_said_to(tiny_runs, capsys, options, words):
+    tiny_runs("a", "--order", 0, *options)
+    assert words in capsys.readouterr().err
+
+
+def test_a_full_disk_in_the_middle_stops_nothing(tiny_runs, monkeypatch, capsys):
+    save = data.save
+    full = [True] * 3
+
+    def failing(*rest):
+        if full and full.pop():
+            raise data.Problem("cannot write model.pt: No space left on device")
+        save(*rest)
+
+    monkeypatch.setattr(tiny, "save", failing)
+    monkeypatch.setattr(tiny, "SAVE_EVERY", 0)
+    tiny_runs("a", "--steps", 6)
+    assert capsys.readouterr().err.count("No space left on device); training goes on") == 3
 
 
 @slow
-def test_ends_on_time_under_load(tmp_path, stories_file):
-    hog = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
-    try:
-        out = script("tiny.py", "--data", stories_file, *SMALL, "--minutes", "0.3", "--out", tmp_path / "o").stdout
-    finally:
-        for process in hog:
-            process.kill()
-    assert 18 * 0.9 < float(closing_block(out)["seconds"]) < 18 * 1.1
+def test_a_closed_terminal_is_survived(tmp_path, stories_file):
+    """As `| head -2`: the reader goes away, the training does not. SIGHUP ends it like SIGTERM."""
+    command = [sys.executable, "tiny.py", "--data", stories_file, *SMALL, "--out", tmp_path / "a"]
+    command = [str(x) for x in (*command, "--steps", 60)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=HERE) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.wait(60) == 0
+    assert tiny.load_checkpoint(tmp_path / "a")[1]["facts"]["steps"] == 60
+    command[-3:] = [tmp_path / "b", "--minutes", "5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE) as run:
+        while b"bits per byte |" not in run.stdout.readline():
+            pass
+        run.send_signal(signal.SIGHUP)
+        assert run.wait(60) == 128 + signal.SIGHUP
+    assert tiny.load_checkpoint(tmp_path / "b")[1]["training"] is not None
 
 
-def test_a_sleep_does_not_count_and_the_learning_rate_goes_down_all_the_same(tmp_path, tiny_runs, monkeypatch, capsys):
-    """The clock jumps by an hour in the middle of a run. (By hand: a process that is stopped on a busy machine has stopped before.)"""
-    real, slept, get = time.monotonic, [0.0], tiny.Batches.get
+@pytest.fixture
+def factors(monkeypatch):
+    """The factor of the learning rates at each step, in the order of the steps."""
+    train_step = tiny.train_step
+    seen = []
 
-    def sleepy(self, taught):
-        slept[0] = 3600.0 * (real() > tiny.START + 3)
-        return get(self, taught)
+    def watched(*rest):
+        seen.append(rest[-1])
+        return train_step(*rest)
 
-    monkeypatch.setattr(tiny.Batches, "get", sleepy)
-    monkeypatch.setattr(tiny, "START", real())
-    monkeypatch.setattr(time, "monotonic", lambda: real() + slept[0])
+    monkeypatch.setattr(tiny, "train_step", watched)
     monkeypatch.setattr(tiny, "LEAST", 10**9)  # the little text may be read again and again
-    tiny_runs("o", "--minutes", 0.1)
-    out = capsys.readouterr().out
-    assert "slept through 3600 s" in out and 6 * 0.8 < float(closing_block(out)["seconds"]) < 6 * 1.3
-    last = [json.loads(line) for line in open(tmp_path / "o" / "log.jsonl", encoding="utf-8")][-1]
-    assert last["rates"][0] < 0.25 * 0.02
+    return seen
 
 
-def test_a_run_ends_when_it_has_read_its_text_twice(tmp_path, tiny_runs, monkeypatch, capsys):
-    monkeypatch.setattr(tiny, "START", time.monotonic())
+@pytest.mark.parametrize("place", ["look", "save"])
+def test_a_pause_does_not_count_wherever_it_falls(tiny_runs, monkeypatch, capsys, factors, place):
+    """The clock jumps by an hour inside each look, or inside each save."""
+    real = time.monotonic
+    slept = [0.0]
+    method = getattr(tiny.Run, place)
+
+    def sleepy(self):
+        slept[0] += 3600
+        method(self)
+
+    monkeypatch.setattr(time, "monotonic", lambda: real() + slept[0])
+    monkeypatch.setattr(tiny.Run, place, sleepy)
+    monkeypatch.setattr(tiny, "SAVE_EVERY", 2)
+    tiny_runs("a", "--minutes", 0.1)
+    assert slept[0] and 4 < float(closing_block(capsys.readouterr().out)["seconds"]) < 8
+    assert factors[-1] < 0.11
+
+
+def test_the_rate_falls_to_0_though_a_look_took_long(tiny_runs, monkeypatch, factors):
+    evaluate = tiny.evaluate
+
+    def slow_look(model, text, every=1):
+        time.sleep(2.0 * (len(factors) > 20 and every > 1))
+        return evaluate(model, text, every)
+
+    monkeypatch.setattr(tiny, "evaluate", slow_look)
+    tiny_runs("a", "--minutes", 0.05, "--order", 0)
+    assert factors[0] == 1 and factors[-1] < 0.11
+    assert max(a - b for a, b in zip(factors, factors[1:])) < 0.11
+
+
+def test_a_run_ends_when_it_has_read_its_text_twice(tiny_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tiny, "LEAST", 0)
-    learn, factors = tiny.learn, []
-    monkeypatch.setattr(tiny, "learn", lambda *rest: factors.append(rest[-1]) or learn(*rest))
-    (tmp_path / "short.txt").write_bytes(data.invent(100))
-    tiny_runs("o", "--minutes", 5, "--size", "small", "--data", tmp_path / "short.txt")
-    told, size = capsys.readouterr(), len(data.load([tmp_path / "short.txt"]).train)
-    facts = closing_block(told.out)
-    assert int(facts["steps"]) == 2 * ((size + 1 - 64) // (8 * 64)) and float(facts["seconds"]) < 100
-    assert "NOTICE: the text was read 2.0 times" in told.err and factors[0] == 1
-    assert factors[-1] == pytest.approx(2 / len(factors))  # the rate has come down by then
+    path = tmp_path / "short.txt"
+    path.write_bytes(data.invent(100))
+    tiny_runs("o", "--minutes", 5, "--data", path)
+    out, err = capsys.readouterr()
+    size = len(data.load([path]).train)
+    assert int(closing_block(out)["steps"]) == 2 * ((size + 1 - 64) // (8 * 64))
+    assert "had read its text 2.0 times" in err
 
 
-def test_log_and_quiet(tiny_runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    tiny_runs("q", "--steps", 20, "--quiet")
-    captured = capsys.readouterr()
-    assert captured.out.startswith("val_bpb: ") and len(captured.out.splitlines()) == len(closing_block(captured.out)) and "\x1b" not in captured.out
-    rows = [json.loads(line) for line in open(tmp_path / "q" / "log.jsonl", encoding="utf-8")]
-    assert 5 <= len(rows) <= len(tiny.SHOW) and rows[-1]["step"] in (18, 19) and rows[-1]["bytes"] == rows[-1]["step"] * 8 * 64 and 0 < rows[-1]["bpb"] < 8
+def test_the_size_that_fits(monkeypatch):
+    text = data.encode(data.invent(50))
+    monkeypatch.setattr(tiny, "FROM_STEPS", {"small": 0, "medium": 5, "large": 10})
+    monkeypatch.setattr(tiny, "LEAST", 100 * 8 * 512)
+
+    def pick(seconds, *options):
+        args, _ = tiny.parse_arguments(list(options))
+        return tiny.pick_size(args, text, torch.device("cpu"), seconds)[0]["width"]
+
+    monkeypatch.setattr(tiny, "try_steps", lambda *_: (0.01, 8.0))
+    assert [pick(0.01), pick(0.07), pick(5)] == [96, 128, 256]
+    assert pick(5, "--set", "width=32") == 32 and pick(0.01, "--size", "large") == 256
+    monkeypatch.setattr(tiny, "LEAST", 0)
+    text = text[:3000]
+    assert pick(5) == 96  # time enough, too little text
+    monkeypatch.setattr(tiny, "try_steps", lambda *_: pytest.fail("timed though it was chosen"))
+    for chosen in (["--size", "large"], ["--steps", "9"], ["--set", "layers=2"]):
+        pick(5, *chosen)
 
 
-def test_a_large_file_is_read_only_as_far_as_needed(tmp_path):
-    with open(tmp_path / "large.txt", "wb") as file:
-        file.write(data.invent(3000))
-        file.truncate(2_000_000_000)
-    result = script("-c", "import data, sys; t = data.load([sys.argv[1]], megabytes=1); print(len(t.train), data.peak_memory())", tmp_path / "large.txt")
-    size, memory = map(int, result.stdout.split())
-    assert 900_000 < size < 1_000_000 and memory < 300e6 and "2,000 MB; using the first 1" in result.stderr
-
-
-def test_a_device_that_computes_something_else_is_not_used(monkeypatch, capsys):
-    assert tiny.fault(torch.device("cpu")) == ""
+def test_a_gpu_is_used_if_it_computes_the_same_and_is_faster(monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(tiny, "fault", lambda device: "it computes another loss")
-    assert tiny.pick_device("auto").type == "cpu" and "mps is not used: it computes another loss" in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.setattr(tiny.GPT, "to", lambda self, device: self if device == "cpu" else setattr(self.head.weight, "data", self.head.weight * 1.5) or self)
-    assert "another loss" in tiny.fault(torch.device("cuda"))
-    monkeypatch.undo()
-    assert tiny.fault(torch.device("meta"))  # where nothing can be computed
+
+    def pick(mps, name="auto"):
+        results = {"cpu": (0.010, 7.5), "mps": mps}
+        monkeypatch.setattr(tiny, "try_steps", lambda _, device: results[str(device)])
+        return tiny.pick_device(name).type
+
+    assert pick((0.001, 7.5)) == "mps" and pick((0.1, 7.5)) == "cpu"
+    assert pick((0.1, 7.5), "mps") == "mps"  # asked for
+    assert "10 ms on the CPU, 100 ms on mps" in capsys.readouterr().err
+    assert pick((0.001, 7.0)) == "cpu" and pick((0.001, math.nan)) == "cpu"
+    assert "another loss" in capsys.readouterr().err
+    monkeypatch.setattr(tiny, "try_steps", lambda _, device: 1 / 0 if device == "cpu" else None)
+    assert tiny.pick_device("cpu").type == "cpu"  # nothing is timed
+
+
+@slow
+def test_seeds_and_sweep(tmp_path, stories_file):
+    command = [os.path.join(HERE, "tiny.py"), "--steps", 4, "--order", 0, "--data", stories_file]
+    result = script(*command, "--seeds", 2, "--out", "seeds", *SMALL[:5], cwd=tmp_path)
+    rows = (tmp_path / "seeds" / "runs.tsv").read_text().splitlines()
+    assert len(rows) == 2 and all(row in result.stdout for row in rows), result.stderr
+    bpb = [float(row.split("\t")[0]) for row in rows]
+    assert f"2 runs: {np.mean(bpb):.4f} ± {np.std(bpb, ddof=1):.4f}" in result.stdout
+    assert (tmp_path / "seeds" / "2" / "model.pt").exists()
+    result = script(*command, "--sweep", 2, "--out", "sweep", cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.count("'width'") == 2, result.stderr
+
+
+@slow
+def test_ends_on_time_under_load(tmp_path, long_file):
+    (tmp_path / "valid.txt").write_bytes(data.invent(20, seed=1))
+    texts = ["--data", long_file, "--valid", tmp_path / "valid.txt"]
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        result = script("tiny.py", *texts, *SMALL, "--minutes", 0.3, "--out", tmp_path / "o",
+                        env={"OMP_NUM_THREADS": "1"})
+    finally:
+        for hog in hogs:
+            hog.kill()
+    assert 18 * 0.8 < float(closing_block(result.stdout)["seconds"]) < 18 * 1.2
 
 
 JOINT = """
-import os, sys, torch, tiny
-rank, world = tiny.processes()
+import sys, torch, tiny
+rank, world = tiny.join_processes(torch.device("cpu"))
 torch.manual_seed(0)
-model = tiny.GPT(width=16, context=32, rows=2**10)
-net = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-opts = tiny.optimizers(model)
+model = net = tiny.GPT(width=16, context=32, rows=2**10)
+if world > 1:
+    net = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+optimizers = tiny.make_optimizers(model)
 windows = torch.randint(1, 256, (3, 8, 33), generator=torch.Generator().manual_seed(1))
-for window in (*windows, *windows):  # the memory knows a context from its second time on
-    tiny.learn(net, opts, window[rank * 8 // world : (rank + 1) * 8 // world], None, 1.0)
+for ids in (*windows, *windows):  # the memory knows a context from its second time on
+    tiny.train_step(net, optimizers, ids[rank * 8 // world : (rank + 1) * 8 // world], None, 1.0)
 if rank == 0:
     torch.save(model.state_dict(), sys.argv[1])
 if world > 1:  # together: a process that leaves on its own can pull the other one down
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 """
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+            "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+
+
+def torchrun(*command, cwd, **env):
+    """One start of torchrun in thirty is aborted here (SIGABRT), before anything of ours runs."""
+    for _ in range(3):
+        result = script(*command, cwd=cwd, env={"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", **env})
+        if result.returncode != -signal.SIGABRT and "SIGABRT" not in result.stderr:
+            return result
+    return result
 
 
 @slow
 def test_two_processes_learn_what_one_learns_from_the_joint_batch(tmp_path):
     (tmp_path / "joint.py").write_text(JOINT)
-    env = {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
     for command in (["joint.py", "one.pt"], [*TORCHRUN, "joint.py", "two.pt"]):
-        for _ in range(3):  # one start of torchrun in thirty was aborted here, before or after what is tested
-            result = script(*command, cwd=tmp_path, env=env)
-            if result.returncode == 0:
-                break
+        result = torchrun(*command, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert all((one[name].float() - two[name].float()).abs().mean() < 1e-5 for name in one)
@@ -1108,81 +1184,160 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(tmp_path):
 
 
 @slow
-def test_two_processes_make_one_run_and_a_killed_one_ends_it(tmp_path, stories_file):
-    env = {"OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, "tiny.py", "--data", stories_file, *SMALL]
-    result = script(*command, "--minutes", 0.25, "--out", tmp_path / "both", env=env)
+def test_two_processes_make_one_run(tmp_path, stories_file):
+    command = [os.path.join(HERE, "tiny.py"), "--data", stories_file, *SMALL, "--steps", 12]
+    result = torchrun(*TORCHRUN, *command, "--out", "both", cwd=tmp_path)
     facts = closing_block(result.stdout)
     assert result.returncode == 0 and result.stdout.count("val_bpb:") == 1, result.stderr
-    assert int(facts["bytes_seen"]) == 2 * 8 * 64 * int(facts["steps"]) and float(facts["seconds"]) < 16.5
-    (tmp_path / "killed.py").write_text("import os, signal, sys, tiny\ntiny.SAVE_EVERY, learn, n = 0, tiny.learn, []\n"
-                                        "def learn_and_die(*a):\n    n.append(1)\n    if len(n) == 20 and os.environ['RANK'] == '1':\n"
-                                        "        os.kill(os.getpid(), signal.SIGKILL)\n    return learn(*a)\n"
-                                        "tiny.learn = learn_and_die\ntiny.run(tiny.main)\n")
-    result = script(*TORCHRUN, tmp_path / "killed.py", *command[len(TORCHRUN) + 1 :], "--minutes", 0.5, "--out", tmp_path / "one", env=env | {"PYTHONPATH": HERE})
-    assert result.returncode != 0 and "error: another process has ended" in result.stderr and "--resume" in result.stderr
-    assert tiny.load_checkpoint(str(tmp_path / "one"))[1]["training"]["now"]["step"] == 19
+    assert int(facts["bytes_seen"]) == 2 * 8 * 64 * 12
 
 
-# ---- sample.py -----------------------------------------------------------------------------------------------------------------------
+# ---- tiny.py: files from elsewhere ---------------------------------------------------------------
+
+class Evil:
+    """A pickle that would create a folder when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(tiny_runs, tmp_path):
+    tiny_runs("a", "--steps", 2)
+    path = tmp_path / "a" / "model.pt"
+    whole = path.read_bytes()
+    good = torch.load(path, weights_only=True)
+    for part in range(8):
+        path.write_bytes(whole[: len(whole) * part // 8])
+        with pytest.raises(data.Problem, match="not a checkpoint"):
+            tiny.load_checkpoint(tmp_path / "a")
+    bomb = good | {"config": good["config"] | {"layers": 10**9}}
+    for content in (Evil(), {"weights": 3}, good | {"version": "\x1b[2J"}, bomb):
+        torch.save(content, path)
+        with pytest.raises(data.Problem, match="not a checkpoint") as refusal:
+            tiny.load_checkpoint(tmp_path / "a")
+        assert "\x1b" not in str(refusal.value)
+    assert not os.path.exists("ran")
+
+
+def test_a_copied_run_may_not_name_files_of_this_machine(tiny_runs, monkeypatch, tmp_path):
+    stop_at(monkeypatch, 2, signal.SIGINT)
+    with pytest.raises(SystemExit):
+        tiny_runs("a", "--steps", 4)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert not tiny.load_checkpoint(tmp_path / "b")[1]["made_here"]
+    with pytest.raises(data.Problem, match="made elsewhere; name its text with --data"):
+        tiny.main(["--resume", str(tmp_path / "b")])
+
+
+def test_the_budget_begins_at_the_call():
+    """As in a notebook, some time after the import."""
+    start = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "START", time.monotonic() - 1000)
+        patch.setattr(tiny, "train", lambda args, begun, before: start.append(begun))
+        tiny.main([])
+    assert time.monotonic() - start[0] < 10
+
+
+# ---- sample.py -----------------------------------------------------------------------------------
+
+NARROW = ["--set", "width=32", "--order", 0]
+
 
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory, stories_file):
-    """A fusion of all heads on a run that leaves them something to add. -> (Fusion, validation text)"""
-    out = str(tmp_path_factory.mktemp("run") / "out")
-    assert script("tiny.py", "--steps", 150, "--data", stories_file, "--out", out, "--width", 32, "--order", 0).returncode == 0
-    library = sample.Library(sample.parse_arguments(["--out", out, "--order", "5"]))
-    text = library.text()  # found through the run's recipe
-    model = library.model(out)[0]
-    return sample.Fusion(model, sample.Fusion.NAMES, ngram.NGram(5).fit(text.train), text.train[:20_000]), text.valid[:6_000]
+    """All heads on a run that leaves them something to add. -> (Fusion, validation text)"""
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = script("tiny.py", "--steps", 150, "--data", stories_file, "--out", out, *NARROW)
+    assert result.returncode == 0, result.stderr
+    library = sample.Library(sample.parse_arguments(["--out", str(out)]))
+    text = library.text  # found through the run's recipe
+    model, _ = library.model(str(out))
+    counting = ngram.NGram(5).fit(text.train)
+    fusion = sample.Fusion(model, sample.Fusion.NAMES, counting, text.train[:20_000])
+    return fusion, text.valid[:6_000]
 
 
 def test_every_head_and_mixture_is_a_distribution(fused):
     fusion, valid = fused
-    fusion.weights = np.array([0.4, 0.3, 0.2, 0.1])
-    for now, _ in fusion.moments(valid[:700]):
-        heads = fusion.heads(now)
-        assert heads.shape == (4, len(now.hidden), 256) and heads.min() > 0
+    for moment, target in fusion.moments(valid[:700]):
+        heads = fusion.distributions(moment)
+        assert heads.shape == (4, len(target), 256) and heads.min() > 0
         assert torch.allclose(heads.sum(-1), torch.ones(heads.shape[:2]), atol=1e-5)
-        assert torch.allclose(fusion.mix(heads).sum(-1), torch.ones(len(now.hidden)), atol=1e-5)
-    for i in range(4):  # with all the weight on one head the mixture is that head
-        fusion.weights = np.eye(4)[i]
-        assert torch.allclose(fusion.mix(heads), heads[i], atol=1e-7)
 
 
 def test_fused_is_better_than_each_head(fused):
     fusion, valid = fused
-    fusion.fit(valid[3000:])
-    p = fusion.gold(valid[:3000], "")
+    scored, held = valid[:3000], valid[3000:]
+    fusion.fit(held)
+    assert fusion.weights.sum() == pytest.approx(1) and fusion.weights.min() >= 0
+    p = fusion.target_probs(held, "")
+    assert -np.log2(p @ fusion.weights).mean() <= -np.log2(p).mean(0).min() + 1e-6
+    p = fusion.target_probs(scored, "")
     alone = -np.log2(p).mean(0)
-    assert len(p) == 3000 and fusion.weights.sum() == pytest.approx(1) and fusion.weights.min() >= 0
-    assert -np.log2(p @ fusion.weights).mean() < alone.min() + 0.01  # the built-in stories leave little to learn from so few
-    q = fusion.gold(valid[3000:], "")
-    assert -np.log2(q @ fusion.weights).mean() < (-np.log2(q)).mean(0).min()  # where the weights come from, no head is better
-    assert alone[0] == pytest.approx(tiny.evaluate(fusion.model, valid[:3000]), rel=1e-4)
-    assert alone[1] == pytest.approx(fusion.ngram.bits_per_byte(valid[:3000]), rel=1e-4)
+    assert len(p) == 3000 and -np.log2(p @ fusion.weights).mean() < alone.min() + 0.01
+    assert alone[0] == pytest.approx(tiny.evaluate(fusion.model, scored), rel=1e-4)
+    counting = fusion.heads["ngram"].keywords["ngram"]
+    assert alone[1] == pytest.approx(counting.bits_per_byte(scored), rel=1e-4)
 
 
 def test_generation_asks_the_heads_what_scoring_asked(fused):
-    """The distribution for each byte is the same whether a text is scored in windows or told byte by byte."""
+    """A byte's distribution is the same whether a text is scored in windows or byte by byte."""
     fusion, valid = fused
-    fusion.weights, said = np.array([0.1, 0.2, 0.3, 0.4]), []
+    fusion.weights = np.array([0.1, 0.2, 0.3, 0.4])
     text = bytes(valid[:200])
-    spy = lambda p, hidden, ids: said.append(fusion(p, hidden, ids)) or said[-1]
-    for _ in zip(range(101), tiny.generate(fusion.model, [text[:100], text], fuse=spy)):
-        pass
-    want = torch.cat([fusion.mix(fusion.heads(now)) for now, _ in fusion.moments(valid[:201])])
-    for i, p in enumerate(said):  # row 1 is told the validation text itself
+    mixed = []
+
+    def spy(*state):
+        mixed.append(fusion(*state))
+        return mixed[-1]
+
+    steps = tiny.generate(fusion.model, [text[:100], text], fuse=spy)
+    for _ in range(101):
+        next(steps)
+    heads = [fusion.distributions(moment) for moment, _ in fusion.moments(valid[:201])]
+    heads = torch.cat(heads, 1)
+    want = torch.einsum("h,hbv->bv", torch.tensor(fusion.weights).float(), heads)
+    for i, p in enumerate(mixed):  # row 1 is given the validation text itself
         assert torch.allclose(p[1], want[100 + i], atol=1e-4)
 
 
 def test_cache_and_knn_vote_for_what_followed():
+    """Checked by eye: the state is like that at position 2, where 12 (or 22) followed."""
     hidden = torch.eye(8)[None] * 8
-    now = sample.Now(torch.full((1, 256), 1 / 256), hidden[:, 2], hidden[:, :5], torch.tensor([[10, 11, 12, 13, -1]]), None)
-    assert sample.cache_head(now).argmax() == 12
-    assert torch.allclose(sample.cache_head(now._replace(followed=torch.full((1, 5), -1))), torch.full((1, 256), 1 / 256))
-    p = sample.knn_head(now, hidden[0, :5], torch.tensor([20, 21, 22, 22, 24]))
-    assert p.argmax() == 22 and p.sum() == pytest.approx(1) and p[0, 99] == pytest.approx(0.01 / 256)
+    followed = torch.tensor([[10, 11, 12, 13, -1]])
+    net = torch.full((1, 256), 1 / 256)
+    moment = sample.Moment(net, hidden[:, 2], hidden[:, :5], followed, None)
+    assert sample.cache_head(moment).argmax() == 12
+    nothing = moment._replace(followed=torch.full((1, 5), -1))
+    assert torch.allclose(sample.cache_head(nothing), net)
+    p = sample.knn_head(moment, hidden[0, :5], torch.tensor([20, 21, 22, 22, 24]))
+    assert p.argmax() == 22 and p.sum() == pytest.approx(1)
+    assert p[0, 99] == pytest.approx(0.01 / 256)
+
+
+def test_weights_are_learned_on_other_bytes_than_are_scored():
+    for n, scored, held in ((1_000_000, 100_000, 300_000), (5_000, 2_500, 2_500)):
+        a, b = sample.score_and_held(np.arange(n))
+        assert len(a) == scored == len(b) and a[0] == 0 and b[0] == held
+
+
+def test_context_gain_is_what_the_beginning_says_about_the_end():
+    """A model that knows the story's first byte again at its end, and one that looks at nothing."""
+    stories = [bytes([letter]) * 600 for letter in b"abcdefgh"]
+    valid = np.frombuffer(b"\0".join(stories), np.uint8)
+
+    def knows(ids):
+        return F.one_hot(ids[:, 1:2], 256).float().expand(-1, ids.shape[1], -1) * 10, None
+
+    def blind(ids):
+        return torch.zeros(*ids.shape, 256), None
+
+    knows.context = blind.context = 512
+    assert sample.context_gain(knows, valid) == pytest.approx(10 / math.log(2), rel=1e-4)
+    assert sample.context_gain(blind, valid) == 0
+    blind.context = 499
+    assert math.isnan(sample.context_gain(blind, valid))
 
 
 @pytest.fixture(scope="module")
@@ -1190,155 +1345,316 @@ def reference():
     return sample.Reference(data.encode(data.invent(2000)))
 
 
-GOOD = ("Once upon a time, there was a happy girl named Lily. Lily had a kite. She took the kite to the park.\n\"I can help you,\" said Tom. "
-        "Tom used a rope while Lily helped.\nLily and Tom the dog played with the kite until the sun went down.")
+GOOD = """Once upon a time, there was a happy girl named Lily. Lily had a kite. She took the kite \
+to the park.
+"I can help you," said Tom. Tom used a rope while Lily helped.
+Lily and Tom the dog played with the kite until the sun went down."""
 
 
 @pytest.mark.parametrize("row, broken", [
     ("doubled", GOOD.replace("had a", "had had a").replace("time,", "time,,")),
     ("quotes_close", GOOD.replace('you,"', "you,")),
-    ("sentences_begin", GOOD.replace("She", "she").replace("Tom used", "tom used")),
     ("names_return", GOOD.replace("Lily and Tom", "Mia and Ben")),
     ("nouns_return", GOOD.replace("with the kite until", "until")),
-    ("pronouns_fit", GOOD.replace("She took", "He took")),
-    ("new_names", GOOD.replace("Lily helped", "Max helped").replace("Tom the dog", "Zoe the dog")),
-    ("known_words", GOOD.replace("park", "parmk")),
-    ("known_trigrams", GOOD.replace("sun went down", "down went sun")),
     ("same_word", GOOD.replace("She took the kite", "She and the kite took the kite")),
-    ("distinct_2", GOOD + GOOD), ("repeated_4", GOOD + GOOD), ("length", GOOD[:40]),
+    ("repeated_4", GOOD + GOOD),
+    ("copied_8", GOOD.replace("there was a", "there is a")),
+    ("ends", GOOD * 3),
 ])
 def test_each_row_tells_good_from_broken(reference, row, broken):
-    function, better = next((f, d) for f, d in sample.ROWS if f.__name__ == row)
-    good, bad = function(GOOD, reference), function(broken, reference)
-    assert good != bad and (better == 0 or (good > bad) == (better == 1)), (good, bad)
+    function, better = next((f, better) for f, better in sample.ROWS.items() if f.__name__ == row)
+    good = function(GOOD, reference)
+    bad = function(broken[: sample.LENGTH], reference)
+    assert good != bad
+    assert better == "as real" or (good > bad) == (better == "more")
     function("", reference)  # an empty story is no crash
 
 
-def test_longest_copy(reference):
-    text = bytes(reference.array[1000:1100]).replace(b"\0", b"#").decode()
-    clean = max(text.split("#"), key=len)
-    found = reference.longest_copies([f"Xyzzy {clean}qqq", "nothing of this stands there", clean[:10]])
-    assert found[0] in (len(clean), len(clean) + 1) and found[1] == 0 and found[2] == 0
+def test_copied_8_is_the_share_that_stands_in_the_training_text():
+    ref = sample.Reference(data.encode(b"one two three four five six seven eight nine ten"))
+    assert sample.copied_8("Two three, four five six seven eight nine.", ref) == 100
+    assert sample.copied_8("one two three four five six seven eight nine TEN eleven", ref) == 75
+    assert sample.copied_8("nine eight seven six five four three two one", ref) == 0
 
 
 def test_rubric_passes_its_own_check():
-    """Real stories lead on every row that claims a direction; sentences shuffled across stories and n-gram text lose on the threads."""
-    text = data.encode(data.invent(4000))
-    train, held = data.split(text)
+    """Real stories lead wherever a row claims that more or less is better."""
+    train, held = data.split(data.encode(data.invent(4000)))
     ref = sample.Reference(train)
-    real = [story[: sample.LENGTH].decode() for story in data.stories(held)[:60]]
+    real = [story[: sample.LENGTH].decode() for story in data.split_stories(held)[:60]]
     mixed = sample.shuffled(real)
     assert mixed != real and abs(len("".join(mixed)) / len("".join(real)) - 1) < 0.1
     counting = ngram.NGram(6).fit(train)
-    told = [counting.generate(story[:25].encode(), len(story) - 25, 0.8, i).decode("utf-8", "ignore") for i, story in enumerate(real)]
-    tables = {name: sample.rubric(texts, ref) for name, texts in (("real", real), ("shuffled", mixed), ("ngram", told))}
-    for row, better in sample.ROWS:
-        real_value = tables["real"][row.__name__][0]
-        for other in ("shuffled", "ngram"):
-            if better:
-                assert better * (real_value - tables[other][row.__name__][0]) > -1e-9, (row.__name__, other)
-    for row in ("names_return", "new_names"):
-        better = dict((f.__name__, d) for f, d in sample.ROWS)[row]
-        assert better * (tables["real"][row][0] - tables["shuffled"][row][0]) > 3 * tables["shuffled"][row][1]
+    counted = []
+    for i, story in enumerate(real):
+        text = counting.generate(story[:25].encode(), len(story) - 25, 0.8, i)
+        counted.append(text.decode("utf-8", "ignore"))
+    best = sample.rubric(real, ref)
+    for stories in (mixed, counted):
+        table = sample.rubric(stories, ref)
+        for row, better in sample.ROWS.items():
+            lead = best[row.__name__][0] - table[row.__name__][0]
+            assert better == "as real" or lead * {"more": 1, "less": -1}[better] > -1e-9, row
+    lost, error = sample.rubric(mixed, ref)["names_return"]
+    assert best["names_return"][0] - lost > 3 * error
 
 
-def test_binomial_p_is_exact():
-    assert sample.binomial_p(5, 5) == 1 and sample.binomial_p(0, 0) == 1
-    assert sample.binomial_p(10, 0) == pytest.approx(2 / 1024)
-    assert sample.binomial_p(8, 2) == sample.binomial_p(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+@pytest.mark.parametrize("story, prompt", [
+    (b"One day, a cat sat down. " * 20, b"One day, a cat sat"),
+    (b"Anna\r\nBob\r\nEmil\r\nFritz\r\nGustav\r\n" * 20, b"Anna\r\nBob\r\nEmil\r\nFritz\r\nGustav"),
+    ("从前有一只猫坐在垫子上。".encode() * 20, ("从前有一只猫坐在垫子上。" * 2).encode()[:60]),
+    ("x".encode() + "é".encode() * 300, b"x" + "é".encode() * 29),  # ends at a whole character
+])
+def test_prompts_are_five_words_of_sixty_bytes_at_most(tmp_path, story, prompt):
+    path = tmp_path / "stories.txt"
+    path.write_bytes(b"\n<|endoftext|>\n".join([story] * 40))
+    library = sample.Library(sample.parse_arguments(["--data", str(path)]))
+    prompts, real = library.prompts(2)
+    assert prompts == [prompt] * len(real) and 1 <= len(real) <= 2
+
+
+def test_sign_test_is_exact():
+    assert sample.sign_test(5, 5) == 1 and sample.sign_test(0, 0) == 1
+    assert sample.sign_test(10, 0) == pytest.approx(2 / 1024)
+    assert sample.sign_test(8, 2) == sample.sign_test(2, 8) == pytest.approx(2 * 56 / 1024)
 
 
 @pytest.fixture
 def two_runs(tmp_path):
-    """Two files of five stories, the second always longer."""
+    """Two files of five stories, the second's always longer. -> arguments of a judging"""
     for name, story in (("a.txt", "A cat sat."), ("b.txt", "A cat sat on a long mat.")):
         (tmp_path / name).write_text("\n<|endoftext|>\n".join(f"{story} {i}" for i in range(5)))
-    return ["sample.py", "--judge", tmp_path / "a.txt", tmp_path / "b.txt", "--n", 5, "--data", tmp_path / "a.txt", "--valid", tmp_path / "b.txt",
-            "--answers", tmp_path / "answers.jsonl"]
+    return ["--judge", "a.txt", "b.txt", "--n", "5", "--data", "a.txt", "--valid", "b.txt"]
 
 
 def test_judging_in_the_terminal_can_be_interrupted(two_runs, tmp_path):
-    first = script(*two_runs, input="1\nx\n=\nq\n")
-    assert first.returncode == 0 and "ties: 1" in first.stdout, first.stderr
-    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
-    assert [json.loads(line)["answer"] for line in lines] == ["1", "="]
-    (tmp_path / "answers.jsonl").write_text("\n".join(lines) + '\n{"id": "cut o')  # killed while writing
-    second = script(*two_runs, input="1\n1\n1\n")
-    assert second.stdout.count("Which is better?") == 3 and "p: " in second.stdout, second.stderr
-    third = script(*two_runs, input="")
-    assert "Which" not in third.stdout and third.stdout.splitlines()[-5:] == second.stdout.splitlines()[-5:]
+    def judge(keys):
+        result = script(os.path.join(HERE, "sample.py"), *two_runs, cwd=tmp_path, input=keys)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "ties: 1" in judge("1\nx\n=\nq\n")
+    answers = tmp_path / "answers.jsonl"
+    kept = [json.loads(line)["answer"] for line in answers.read_text().split("\n") if line]
+    assert kept == ["1", "="]
+    answers.write_text(answers.read_text() + '\n{"id": "cut o')  # killed while writing
+    second = judge("1\n1\n1\n")
+    assert second.count("Which is better?") == 3 and "p: " in second
+    third = judge("")
+    assert "Which" not in third and third.splitlines()[-6:] == second.splitlines()[-6:]
 
 
 def test_export_keeps_the_key_apart(two_runs, tmp_path):
-    result = script(*two_runs, "--export", tmp_path / "pairs.txt")
-    text, key = (tmp_path / "pairs.txt").read_text(), json.loads((tmp_path / "pairs.txt.key.json").read_text())
-    assert result.returncode == 0 and len(key) == 5 and "a.txt" not in text
+    command = [os.path.join(HERE, "sample.py"), *two_runs, "--export", "pairs.txt"]
+    result = script(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "pairs.txt").read_text()
+    key = json.loads((tmp_path / "pairs.txt.key.json").read_text())
+    assert len(key) == 5 and ".txt" not in text
     for number, sides in key.items():
-        pair = text.split("#### A\n")[int(number)]
-        assert ("long" in pair.split("#### B")[0]) == sides["A"].endswith("b.txt")
-    assert {sides["A"][-5:] for sides in key.values()} == {"a.txt", "b.txt"}
+        first = text.split("#### A\n")[int(number)].split("#### B")[0]
+        assert sides["A"] == ("b.txt" if "long" in first else "a.txt")
+    assert {sides["A"] for sides in key.values()} == {"a.txt", "b.txt"}
 
 
-def test_a_language_model_judges_and_faults_are_survived(two_runs, tmp_path):
-    """A stub endpoint that prefers long stories, after it has failed in each way; the key is never written anywhere."""
-    seen, faults = [], [429, 500, "garbage", "cut", "no answer"]
+@pytest.fixture
+def endpoint(two_runs, tmp_path, monkeypatch, capsys):
+    """A server that prefers long stories, after the given faults. -> judge(*faults), requests"""
+    seen = []
+    faults = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.headers["Authorization"], body["model"]))
-            fault = faults.pop(0) if faults else None
-            if isinstance(fault, int):
-                return self.send_error(fault)
             content = body["messages"][0]["content"]
-            one, two = content.split("Story 1:")[1].split("Story 2:")
-            said = "hm" if fault == "no answer" else f"Because.\nANSWER: {'1' if 'long' in one else '2'}"
-            reply = b"<html>" if fault == "garbage" else json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(reply)))
+            longer = "1" if "long" in content.split("Story 2:")[0] else "2"
+            fault = faults.pop(0) if faults else f"Because.\n**ANSWER:** {longer}"
+            if isinstance(fault, int):
+                return self.answer(fault, b"out of luck, sk-secret")
+            if isinstance(fault, bytes):
+                return self.answer(200, fault)
+            reply = {"choices": [{"message": {"content": fault}}]}
+            self.answer(200, json.dumps(reply).encode())
+
+        def do_GET(self):  # where a redirect leads
+            seen.append((self.headers["Authorization"], "redirected"))
+            self.answer(200, b"{}")
+
+        def answer(self, status, body):
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", f"http://localhost:{self.server.server_port}/x")
+            self.send_header("Content-Length", str(len(body) + 9 * (body == b"cut")))
             self.end_headers()
-            self.wfile.write(reply[:5] if fault == "cut" else reply)
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass
 
+    def judge(*new_faults):
+        faults[:] = new_faults
+        sample.main([*two_runs, "--judge-url", f"http://127.0.0.1:{server.server_port}/v1/"])
+        return capsys.readouterr().out
+
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    env = {"JUDGE_MODEL": "stub", "JUDGE_KEY": "sk-secret"}
-    code = f"import sample, data; sample.time.sleep = lambda s: None; data.run(lambda: sample.main({[str(x) for x in two_runs[1:]] + ['--judge-url', url]!r}))"
-    failed = script("-c", code, env=env)  # five faults in a row are too many
-    refused(failed, "no answer after 5 tries", "answers so far are kept")
-    result = script("-c", code, env=env)
-    assert "b.txt: 5 wins" in result.stdout and "changed with the order: 0" in result.stdout and "p: 0.0625" in result.stdout, result.stderr
-    assert len(seen) == 5 + 10 and set(seen) == {("Bearer sk-secret", "stub")}
-    again = script("-c", code, env=env)
-    assert again.stdout == result.stdout and len(seen) == 15  # nothing is asked twice
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("JUDGE_MODEL", "stub")
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret\n")
+    monkeypatch.setenv("no_proxy", "*")
+    yield judge, seen
+    server.shutdown()
+
+
+@pytest.mark.parametrize("answer, verdicts", [
+    ("Because.\n**ANSWER:** 1", ["1"]), ("**Answer**: Story 2.", ["2"]), ("ANSWER:=", ["="]),
+    ("Story 1 is longer. ANSWER: none", []),
+])
+def test_verdicts_are_read_tolerantly(answer, verdicts):
+    assert sample.VERDICT.findall(answer) == verdicts
+
+
+def test_a_language_model_judges_and_faults_are_survived(endpoint, tmp_path):
+    judge, seen = endpoint
+    result = judge(429, b"<html>", b"cut", None)
+    assert "b.txt: 5 wins" in result and "order: 0" in result and "p: 0.0625" in result
+    assert seen == [("Bearer sk-secret", "stub")] * (4 + 10)
+    assert judge() == result and len(seen) == 4 + 10  # nothing is asked twice
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
-    assert b"sk-secret" not in written and "sk-secret" not in failed.stderr + result.stdout + result.stderr
+    assert b"sk-secret" not in written
 
 
-def test_the_commands_of_sample(finished):
+def test_a_pair_without_an_answer_is_skipped_and_counted(endpoint):
+    judge, _ = endpoint
+    result = judge(503, *["hm"] * 4, 400)
+    assert "b.txt: 3 wins" in result and "without an answer: 2" in result
+    assert "b.txt: 5 wins" in judge()
+
+
+def test_three_pairs_without_an_answer_end_it_in_the_servers_words(endpoint):
+    judge, seen = endpoint
+    with pytest.raises(data.Problem, match=r"HTTP 401 out of luck, JUDGE_KEY.*are kept"):
+        judge(401, 401, 401)
+    assert len(seen) == 3
+
+
+def test_the_key_does_not_follow_a_redirect(endpoint):
+    judge, seen = endpoint
+    judge(302)
+    assert (None, "redirected") in seen and ("Bearer sk-secret", "redirected") not in seen
+
+
+def test_texts_of_a_foreign_checkpoint_are_not_opened(stories_file, monkeypatch):
+    library = sample.Library(sample.parse_arguments(["--out", "."]))
+    recipe = {"data": [str(stories_file)], "valid": None, "megabytes": 100, "cache": "cache"}
+    monkeypatch.setattr(sample.os.path, "exists", lambda path: True)
+    checkpoint = {"recipe": recipe, "made_here": False}
+    monkeypatch.setattr(sample, "load_checkpoint", lambda *_: (None, checkpoint))
+    with pytest.raises(data.Problem, match="name its text with --data"):
+        library.text
+    library.args.data = [str(stories_file)]
+    assert len(library.text.train) > 100_000
+
+
+def test_the_commands_of_sample(finished, tmp_path):
     _, out = finished
-    score = script("sample.py", "--out", out, "--order", 6, "--fuse", "ngram,cache", "--score")
-    facts = closing_block(score.stdout)
-    assert float(facts["fused_bpb"]) < min(float(facts[f"{name}_bpb"]) for name in ("transformer", "ngram", "cache")) + 0.01, score.stderr
-    told = script("sample.py", "--out", out, "--order", 6, "--fuse", "ngram,cache", "--weights", 1, 1, 1, "--n", 1, "--length", 100)
-    assert told.stdout.startswith("Once upon a time"), told.stderr
-    speed = script("-c", f"import sample, tiny; sample.bench(tiny.load_checkpoint({str(out)!r})[0], 1, 0.3)")
-    assert "40 at once" in speed.stdout, speed.stderr
-    table = script("sample.py", "--out", out, "--order", 6, "--rubric", out)
-    assert table.returncode == 0 and "| names_return | more |" in table.stdout and "| longest_copy |" in table.stdout, table.stderr
+    sample_py = ["sample.py", "--out", out]
+    (tmp_path / "other.txt").write_bytes(data.invent(40, seed=9))
+    facts = closing_block(script(*sample_py, "--score").stdout)
+    assert float(facts["transformer_bpb"]) < 1.5 and "context_gain" in facts
+    mine = ["--valid", tmp_path / "other.txt", "--fuse", "ngram,cache"]
+    other = script(*sample_py, "--score", *mine)
+    facts = closing_block(other.stdout)
+    alone = [float(facts[f"{name}_bpb"]) for name in ("transformer", "ngram", "cache")]
+    assert float(facts["fused_bpb"]) < min(alone) + 0.01, other.stderr
+    assert abs(int(facts["scored_bytes"]) - len(data.invent(40, seed=9)) / 2) < 400
+    table = script(*sample_py, "--rubric", out)
+    assert "| names_return | more |" in table.stdout, table.stderr
+    assert "| copied_8 | as real |" in table.stdout
 
 
-# ---- README.md -----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("prompt, shown", [
+    ("", ""), ("<|endoftext|>", ""), ("Once<|endoftext|>Then", "Once\n<|endoftext|>\nThen"),
+    (b"\xff caf\xc3\xa9 \x1b[2J".decode("utf-8", "surrogateescape"), "\ufffd café \ufffd[2J"),
+    ("two\r\nlines", "two\nlines"), ("longer than the length " * 5, "longer than the length " * 5),
+])
+def test_length_counts_bytes_after_any_prompt(fused, capsys, prompt, shown):
+    options = ["--n", "1", "--length", "20", "--prompt", prompt]
+    library = sample.Library(sample.parse_arguments(options))
+    library.model = lambda out: (fused[0].model, None)
+    sample.tell(library, library.args)
+    told = capsys.readouterr().out.removesuffix("\n")
+    assert told.startswith(shown) and len(told) - len(shown) <= 20
+
+
+# ---- what users do wrong -------------------------------------------------------------------------
+
+BAD = [  # command, words of the one line that answers it
+    ("tiny.py --data missing.txt", ["cannot read missing.txt", "--data"]),
+    ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 513"]),
+    ("tiny.py --minutes 0", ["--minutes"]), ("tiny.py --minutes nan", ["--minutes"]),
+    ("tiny.py --steps 0", ["--steps"]), ("tiny.py --distill 1.5", ["--distill"]),
+    ("tiny.py --order 300", ["--order"]), ("tiny.py --order 0 --distill 0.5", ["no teacher"]),
+    ("tiny.py --set width=30 heads=4", ["multiple of 2 x heads"]),
+    ("tiny.py --set wide=3", ["--set"]),
+    ("tiny.py --set context=7000", ["--set"]), ("tiny.py --set context=33", ["even number"]),
+    ("tiny.py --set rate=0", ["--set"]), ("tiny.py --device cuda", ["--device cuda"]),
+    ("tiny.py --data stories.txt --out short.txt/run", ["cannot write short.txt/run"]),
+    ("tiny.py --resume nowhere", ["no nowhere/model.pt", "train a model first"]),
+    ("tiny.py --resume broken", ["not a checkpoint"]), ("tiny.py --sw 2", ["--sw"]),
+    ("sample.py --out nowhere", ["nowhere/model.pt", "train a model first"]),
+    ("sample.py --out broken", ["not a checkpoint"]), ("sample.py --out isfolder", ["isfolder"]),
+    ("sample.py --device cuda", ["--device cuda"]), ("sample.py --export x", ["--judge RUN RUN"]),
+    ("sample.py --fuse nonsense", ["no head 'nonsense'", "ngram, knn, cache"]),
+    ("sample.py --judge out out --data stories.txt", ["model.pt", "train a model first"]),
+    ("sample.py --judge a b --judge-url host", ["--judge-url host", "https://"]),
+    ("sample.py --rubric --data stories.txt --valid short.txt", ["validation text"]),
+    ("sample.py --judge missing.txt real --data stories.txt", ["missing.txt"]),
+    ("sample.py --n 0", ["--n"]), ("sample.py --length 0", ["--length"]),
+    ("sample.py --temperature -1", ["--temperature"]), ("sample.py --top-p 1.5", ["--top-p"]),
+    ("sample.py --tem 1", ["--tem"]),
+]
+
+
+@pytest.mark.parametrize("command, words", BAD)
+def test_bad_input_gets_one_line(tmp_path, command, words, monkeypatch, capsys):
+    """In this process, with what data.run makes of it; nothing is written."""
+    (tmp_path / "short.txt").write_bytes(b"Too short.")
+    (tmp_path / "stories.txt").write_bytes(data.invent(50))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.pt").write_bytes(b"no checkpoint")
+    (tmp_path / "isfolder" / "model.pt").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = sorted(map(str, tmp_path.rglob("*")))
+    name, *options = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    with pytest.raises(SystemExit) as ended:
+        data.run({"tiny.py": tiny, "sample.py": sample}[name].main)
+    line = str(ended.value.code)
+    if ended.value.code == 2:  # argparse has printed it
+        line = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in line and all(word in line for word in words), line
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_help_has_an_example():
+    for name in ("data.py", "ngram.py", "tiny.py", "sample.py"):
+        result = script(name, "--help")
+        assert result.returncode == 0 and "example: python " + name in result.stdout
+
+
+# ---- README.md -----------------------------------------------------------------------------------
 
 README = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
 PIECES = re.findall(r"```python\n# ?(.*?); (.*?)\n(.*?)```", README, re.DOTALL)
 ONLY = """
 import builtins, os
-def only(name, globals=None, *rest, imported=builtins.__import__, **more):  # the piece's own imports; what PyTorch imports is not its concern
-    if name in {"numpy", "torch", "tqdm", "pytest"} - set(%r.split()) and os.path.dirname(globals.get("__file__", "")) == os.getcwd():
+def only(name, globals=None, *rest, imported=builtins.__import__, **more):
+    own = os.path.dirname((globals or {}).get("__file__", "")) == os.getcwd()
+    if own and name in {"numpy", "torch", "tqdm", "pytest"} - set(%r.split()):
         raise ImportError(name + " is not among what this piece says it needs")
     return imported(name, globals, *rest, **more)
 builtins.__import__ = only
@@ -1346,13 +1662,17 @@ builtins.__import__ = only
 
 
 def part(of, file):
-    """A part of a file as the README names it: `section 1`, or functions, classes and constants by name."""
+    """A part of a file as the README names it: `section 1`, or functions and classes by name."""
     text = open(os.path.join(HERE, file), encoding="utf-8").read()
-    source = {f"section {n}": section for section, n in re.findall(r"(# ---- (\d+)\..*?)(?=# ---- )", text, re.DOTALL)}
+    sections = re.findall(r"(# ---- (\d+)\..*?)(?=# ---- |# ====)", text, re.DOTALL)
+    source = {f"section {number}": section for section, number in sections}
     for node in ast.parse(text).body:
-        names = [target.id for target in node.targets if isinstance(target, ast.Name)] if isinstance(node, ast.Assign) else [getattr(node, "name", "")]
+        names = [getattr(node, "name", "")]
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
         source |= dict.fromkeys(names, ast.get_source_segment(text, node))
-    return "\n\n".join(source[name] for name in re.findall(r"section \d+|\w+", of.replace(" and ", " "))) + "\n"
+    wanted = re.findall(r"section \d+|\w+", of.replace(" and ", " "))
+    return "\n\n".join(source[name] for name in wanted) + "\n"
 
 
 @pytest.mark.parametrize("packages, takes, code", PIECES, ids=[takes for _, takes, _ in PIECES])
@@ -1364,14 +1684,15 @@ def test_each_piece_works_alone(tmp_path, packages, takes, code):
             code = code.replace("\n...\n", f"\n{part(*take.split(' of '))}\n")
     code = re.sub(r"https://\S+(?=\")", Server(data.invent(3000)).url, code)
     (tmp_path / "piece.py").write_text(ONLY % packages + code, encoding="utf-8")
-    assert len(PIECES) == 7
-    result = script("piece.py", cwd=tmp_path)
+    result = script("piece.py", cwd=tmp_path, env={"PYTHONPATH": ""})
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
+    assert len(PIECES) == 10
 
 
 def test_links_lead_to_the_line_they_name():
     links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README)
     for name, file, line in links:
         lines = open(os.path.join(HERE, file), encoding="utf-8").read().splitlines()
-        assert name in lines[int(line) - 1], f"{name} is in line {[n for n, x in enumerate(lines, 1) if name in x]} of {file}, not in {line}"
+        found = [n for n, text in enumerate(lines, 1) if name in text]
+        assert name in lines[int(line) - 1], f"{name} is in line {found} of {file}, not in {line}"
     assert len(links) > 10
