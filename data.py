@@ -60,6 +60,12 @@ def printable(text):
     return re.sub(unsafe, "\ufffd", text.replace("\r", ""))
 
 
+# ==================================================================================================
+# You may stop reading here. What follows gets the text: files, a download that goes on where it
+# broke, stories made up where there is no network, options. The subject goes on in ngram.py.
+# ==================================================================================================
+
+
 # ---- 2. Files ------------------------------------------------------------------------------------
 
 class Problem(Exception):
@@ -74,7 +80,7 @@ def run(main):
         sys.stdout.flush()  # a reader that went away is noticed here, not after the end
     except BrokenPipeError:  # whoever read our output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (Problem, OSError) as problem:
+    except Problem as problem:
         sys.exit(f"error: {problem}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
@@ -89,7 +95,7 @@ def read(paths, megabytes=math.inf):
                 large = os.fstat(file.fileno()).st_size > 1e6 * megabytes
                 content = file.read(int(1e6 * megabytes) if large else -1)
         except OSError as error:
-            raise Problem(f"cannot read {path}: {error.strerror}; name another --data") from None
+            raise Problem(f"cannot read {path}: {error.strerror}; name another file") from None
         head = content[:100_000]
         plain = head.translate(None, bytes([*range(8), *range(14, 27)]))  # no control characters
         if len(plain) < 0.98 * len(head):
@@ -125,8 +131,11 @@ def save(path, content):
 
 def lock(path):
     """-> `path`, open and ours until it is closed or the process ends; None if another holds it."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    file = open(path, "a+b")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        file = open(path, "a+b")
+    except OSError as error:
+        raise Problem(f"cannot write {path}: {error.strerror}; name another folder") from None
     try:
         if os.name == "nt":
             import msvcrt

@@ -552,33 +552,6 @@ class NGram:
         """The memory they take, in bytes."""
         return sum(array.nbytes for counts in self.counts.values() for array in counts)
 
-    def save(self, path):
-        """Write one .npz file. path is the old file or the whole new one, never a part."""
-        arrays = {}
-        for n, counts in self.counts.items():
-            for name, array in counts._asdict().items():
-                arrays[f"{name}{n}"] = array
-        temporary = f"{path}.tmp{os.getpid()}"
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, order=self.order, smoothing=self.smoothing,
-                         constants=self.constants, **arrays)
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-
-    @classmethod
-    def load(cls, path):
-        """Read what `save` wrote. -> NGram"""
-        with np.load(path, allow_pickle=False) as file:
-            model = cls(int(file["order"]), str(file["smoothing"]))
-            model.constants = file["constants"]
-            for n in range(1, model.order + 1):
-                model.counts[n] = Counts(*[file[f"{name}{n}"] for name in Counts._fields])
-        model._tabulate()
-        return model
-
 
 def give_out(p, left, given):
     """p (N, 256), the distribution by shorter contexts, times what is left, plus what was given."""
@@ -620,25 +593,6 @@ def compare(text, kinds):
     return best
 
 
-def load_model(path):
-    """NGram.load, in one line if it fails."""
-    try:
-        return NGram.load(path)
-    except Exception as error:  # a damaged or foreign file can lead to any
-        why = getattr(error, "strerror", None) or "it is not what --save wrote"
-        raise Problem(f"cannot load {path}: {why}; make it with --save {path}") from None
-
-
-def save_model(model, path):
-    """model.save, in one line if it fails."""
-    try:
-        model.save(path)
-    except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror}; name another file") from None
-    size = os.path.getsize(path)
-    print(f"saved {size / 1e6:,.0f} MB, {size / model.size():.1f} bytes per n-gram")
-
-
 def options():
     parser = argparse.ArgumentParser(
         description="Count n-grams of bytes, score them on text they have not seen, write a story.",
@@ -650,8 +604,6 @@ def options():
     add("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], metavar="NAME",
         help=f"{', '.join(SMOOTHINGS)} (default: %(default)s)")
     add("--sweep", action="store_true", help=f"{len(SWEEP)} models of all kinds instead")
-    add("--save", metavar="FILE", help="keep the best model")
-    add("--load", metavar="FILE", help="count nothing: write a story with a model that was kept")
     add("--prompt", default="Once upon a time", metavar="TEXT",
         help="how the story begins (default: %(default)s)")
     add("--temperature", type=number(float, 0, 100), default=0.8, metavar="T",
@@ -663,18 +615,12 @@ def options():
 
 def main():
     args = options().parse_args()
-    if args.load:
-        model = load_model(args.load)
-        print(f"order {model.order}, {model.smoothing}, {model.size():,} n-grams")
-    else:
-        text = text_from(args)
-        print(f"{text.source}: {len(text.train):,} bytes to count, {len(text.valid):,} to score\n")
-        kinds = [(args.smoothing, order) for order in args.orders]
-        if args.sweep:
-            kinds = SWEEP
-        model = compare(text, kinds)
-    if args.save:
-        save_model(model, args.save)
+    text = text_from(args)
+    print(f"{text.source}: {len(text.train):,} bytes to count, {len(text.valid):,} to score\n")
+    kinds = [(args.smoothing, order) for order in args.orders]
+    if args.sweep:
+        kinds = SWEEP
+    model = compare(text, kinds)
     prompt = encode(os.fsencode(args.prompt)).tobytes()
     story = model.generate(prompt, 800, args.temperature, args.seed)
     print("\n" + printable(decode(as_array(story)).decode("utf-8", "replace").strip()))

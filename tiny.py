@@ -79,8 +79,9 @@ class Attention(nn.Module):
         key              0   k(L) k(i) k(l)           :
                                    ^..................:     q is like k(i); the byte there is l
 
-    And what makes their keys starts as a copy of what makes their queries: what looks alike is
-    found from the first step on. This is how so small a model remembers whom a story is about.
+    The zero scores 0 with any query: it stands for "nothing looked alike". And what makes these
+    heads' keys starts as a copy of what makes their queries, so that what looks alike is found from
+    the first step on. This is how so small a model remembers whom a story is about.
     """
 
     def __init__(self, width, heads):
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         # Normed queries and keys (Henry et al. 2020) cannot grow: the learning rate can be high.
         q = rotate(norm(q), cos, sin)
         k = rotate(norm(k), cos, sin)
-        k = F.pad(k, (0, 0, 1, 0))  # (B, H, 1 + T, D): a zero first, key t is in row t + 1
+        k = F.pad(k, (0, 0, 1, 0))  # (B, H, 1 + T, D): key t is in row t + 1, row 0 is a zero
         if kv is not None:
             kv[0, :, :, P + 1 : P + T + 1] = k[:, :, 1:]
             kv[1, :, :, P : P + T] = v
@@ -115,7 +116,7 @@ class Attention(nn.Module):
         n = self.ordinary
         y = torch.cat((
             self.attend(q[:, :n], k[:, :n, 1:], v[:, :n]),
-            self.attend(q[:, n:], k[:, n:, :-1], v[:, n:]),  # row 0, a zero, is "nothing alike"
+            self.attend(q[:, n:], k[:, n:, :-1], v[:, n:]),  # the key before each value
         ), 1)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -178,8 +179,8 @@ def contexts(ids, T):
 
     ids (B, t) int64 -> (B, T, K) int64. The hash of bytes a..b-1 is the sum of (byte_j + 1) *
     ODD^(j-a), modulo 2^64 as int64 wraps around. With the running sum S[i] of (byte_j + 1) * ODD^j
-    over all j < i it is (S[b] - S[a]) * INVERSE^a. So contexts of any length, words too, are hashed
-    at every position without a loop.
+    over all j < i it is (S[b] - S[a]) / ODD^a, and dividing is multiplying by INVERSE^a. So
+    contexts of any length, words too, are hashed at every position without a loop.
 
     `gap` holds the last position up to i that is no letter, `end` the last that is one:
 
@@ -191,8 +192,8 @@ def contexts(ids, T):
     text = F.pad(ids, (max(GRAMS), 0), value=END)  # (B, L): a story begins after a few ENDs
     B, L = text.shape
     position = torch.arange(L, device=ids.device)
-    power = torch.full_like(position, ODD).cumprod(0)
-    inverse = torch.full((L + 1,), INVERSE, device=ids.device).cumprod(0)
+    power = torch.full_like(position, ODD).cumprod(0)  # ODD^1, ODD^2, ...
+    inverse = torch.full((L + 1,), INVERSE, device=ids.device).cumprod(0)  # from ^1 on, as above
     S = F.pad(((text + 1) * power).cumsum(1), (1, 0))  # (B, L + 1)
     letter = is_letter(text)
     gap = torch.where(letter, 0, position).cummax(1).values
@@ -210,7 +211,9 @@ def contexts(ids, T):
         edge = gap.gather(1, stop)
         words.append(span(edge + 1, stop + 1))
     mark = text[:, L - T :].masked_fill(letter[:, L - T :], 0)  # after a word: which byte ended it
-    word = (words[0] * 3 + mark) * ODD  # small odd factors keep apart what would be the same sum
+    # In "once she wen": `wen`; `wen` after `she`; `wen` after `once she`; `wen`, two words after
+    # `once`. The small odd factors keep apart what would otherwise be the same sum.
+    word = (words[0] * 3 + mark) * ODD
     pair = (word + words[1]) * ODD
     triple = (pair + words[2]) * ODD
     skip = word + 5 * words[2]
@@ -222,12 +225,16 @@ def contexts(ids, T):
 class Memory(nn.Module):
     """A table with a vector for each context (by hash) and its own optimizer.
 
-    When a text is read a second time, the row of a context that stood in one place only gives away
-    which byte came there, and the model learns to trust what says nothing about new text. So the
-    first epoch counts in how many places each context stood, and a row is neither looked up nor
-    learned where its context was not seen elsewhere: in the first epoch once before; in the second,
-    whose counts include the very place that is read, in two others. Rare contexts, which are most,
-    do not fill the table either (admission by count: McMahan et al. 2013).
+    When a text is read a second time, the row of a context that stood in one place only leaks which
+    byte came there, and the model learns to trust what says nothing about new text. So the memory
+    counts at how many steps of the first epoch each context stood, and uses its row, to look it up
+    and to learn it, only where the context was seen elsewhere:
+
+        first epoch     counted at least 1 time: at an earlier step
+        later epochs    at least 3 times: one is this very place, and two were others
+        not training    at least 1 time
+
+    Rare contexts, which are most, do not fill the table either (McMahan et al. 2013).
 
     The vectors of a position's contexts are added, so the gradient of the sum is the gradient of
     each. Nothing needs to go through autograd, and no gradient of the table's size is ever made.
@@ -240,10 +247,11 @@ class Memory(nn.Module):
     """
 
     def __init__(self, width, rows):
-        """rows: a power of 2, at most 2^COUNTER_BITS"""
+        """rows: a power of 2, at most 2^COUNTER_BITS. Counters are finer than rows: several
+        contexts may share a row, but they should not make each other known."""
         super().__init__()
         self.second_epoch = False
-        self.shift = COUNTER_BITS - (rows.bit_length() - 1)
+        self.shift = COUNTER_BITS - (rows.bit_length() - 1)  # counter >> shift is the row
         self.register_buffer("table", torch.zeros(rows, width))
         self.register_buffer("count", torch.zeros(2**COUNTER_BITS, dtype=torch.uint8))
         # The sum of a row's mean squared gradients. If it began at 0, a row's first step would be
@@ -252,34 +260,34 @@ class Memory(nn.Module):
 
     def forward(self, hashes):
         """hashes (N, K) int64 -> (N, C): the sum of the rows of the contexts that are known"""
-        slots = (hashes >> (64 - COUNTER_BITS)) & (2**COUNTER_BITS - 1)  # the highest bits
+        counter = (hashes >> (64 - COUNTER_BITS)) & (2**COUNTER_BITS - 1)  # the highest bits
         training = torch.is_grad_enabled()
         needed = 1
         if training and self.second_epoch:
             needed = 3
-        known = (self.count[slots] >= needed).to(self.table.dtype)  # (N, K), 0 or 1
-        rows = slots >> self.shift
-        out = F.embedding_bag(rows, self.table, mode="sum", per_sample_weights=known)
+        known = (self.count[counter] >= needed).to(self.table.dtype)  # (N, K), 0 or 1
+        row = counter >> self.shift
+        out = F.embedding_bag(row, self.table, mode="sum", per_sample_weights=known)
         if training:
             out.requires_grad_()  # a leaf: `backward` ends here and leaves its gradient in out.grad
-            self.used = slots, known, out
+            self.used = counter, known, out
         return out
 
     @torch.no_grad()
     def step(self, lr):
         """Learn from the gradient that the last look-up received."""
-        slots, known, out = self.used
-        gradient = all_processes(out.grad * len(out))  # (N, C) of each position's own loss
-        slots = all_processes(slots)
+        counter, known, out = self.used
+        gradient = all_processes(out.grad * len(out))  # (N, C); the loss is a mean: undo it
+        counter = all_processes(counter)
         known = all_processes(known)
-        rows = (slots >> self.shift).flatten()
+        row = (counter >> self.shift).flatten()
         square = known * gradient.square().mean(1, keepdim=True)  # (N, K)
-        self.squares.index_add_(0, rows, square.flatten())
-        rate = -lr * known * self.squares[rows].rsqrt().view_as(known)
+        self.squares.index_add_(0, row, square.flatten())
+        rate = -lr * known * self.squares[row].rsqrt().view_as(known)
         update = rate[:, :, None] * gradient[:, None]  # (N, K, C)
-        self.table.index_add_(0, rows, update.flatten(0, 1))
+        self.table.index_add_(0, row, update.flatten(0, 1))
         if not self.second_epoch:
-            self.count[slots] = self.count[slots].clamp(max=254) + 1
+            self.count[counter] = self.count[counter].clamp(max=254) + 1
 
 
 def all_processes(x):
@@ -359,12 +367,9 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
         return logits.argmax(-1)
     p = F.softmax(logits / temperature, -1, dtype=torch.float64)
     p, byte = p.sort(-1, descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0  # what comes before such a byte is already enough
-    # Lay the probabilities end to end, as long as they are, and throw a dart.
-    ends = p.cumsum(-1)
-    dart = ends[:, -1:] * torch.rand(len(p), 1, generator=generator, dtype=p.dtype)
-    hit = torch.searchsorted(ends, dart, right=True).clamp(max=p.shape[1] - 1)  # (B, 1)
-    return byte.gather(1, hit)[:, 0]
+    p[p.cumsum(-1) - p >= top_p] = 0  # likelier bytes have that much already
+    drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+    return byte.gather(1, drawn)[:, 0]
 
 
 @torch.inference_mode()
@@ -505,14 +510,14 @@ class Batches:
         """-> ids (B, T + 1) int64; the teacher's distributions (B, T, 256) float32, or None
 
         It depends on seed and step alone, so that a run can be resumed anywhere."""
-        epoch, step = divmod(step, self.per_epoch)
+        epoch, place = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
             random = np.random.default_rng((*self.seed, epoch))
             first = self.low + random.integers(min(self.context, self.high - self.low))
             windows = random.permutation(np.arange(first, self.high, self.context))
-            self.order = np.resize(windows, self.per_epoch * self.batch)
-        start = self.order[step * self.batch : (step + 1) * self.batch]  # (B,)
+            self.order = np.resize(windows, self.per_epoch * self.batch)  # repeats a few if needed
+        start = self.order[place * self.batch : (place + 1) * self.batch]  # (B,)
         position = start[:, None] + np.arange(self.context + 1)  # (B, T + 1)
         ids = torch.from_numpy(self.text[position].astype(np.int64))
         if not taught:
@@ -636,7 +641,7 @@ def train(args, start, before=None):
     rank, world = join_processes(device)
     text = text_from(args, least=args.set.get("context", 512) + 1)
     run = Run(args, text, rank, Clock(start + text.waited), before)
-    ngram = run.count_ngram()  # the first story, a level to beat, and the teacher
+    ngram = run.count_ngram()  # the first story, a baseline, and the teacher
     model = run.make_model(device)
     optimizers = make_optimizers(model)
     setting = run.state["setting"]
@@ -646,7 +651,7 @@ def train(args, start, before=None):
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     run.begin(model, optimizers, batches)
 
-    while (progress := run.progress()) < 1:
+    while (progress := run.progress()) < 1:  # 1: the time is over, or the text was read twice
         step = run.state["step"]
         ids, teacher = batches.get(step, taught=progress < args.distill)
         model.memory.second_epoch = step >= batches.per_epoch
@@ -711,33 +716,25 @@ class Run:
         self.rank = rank
         self.clock = clock
         self.before = before
-        self.level = None  # the n-gram's bits per byte
+        self.baseline = None  # the n-gram's bits per byte
         self.signal = None
         self.bad_steps = 0  # in a row
         self.saved = time.monotonic()
         self.state = dict(step=0, progress=0.0, loss=8.0, skipped=0, looks=0, looked=0.0, curve=[],
                           reserve=0.6 * args.minutes)  # seconds kept for the end
         if before is not None:
-            self.take_over(before[1]["training"])
-        elif rank == 0:
-            args.out = new_folder(args.out)
-        self.log = None
-        if rank == 0:  # the first process writes and prints; it holds the log as long as it runs
-            self.log = lock(os.path.join(args.out, "log.jsonl"))
-            if self.log is None:
-                raise Problem(f"the run in {args.out} is still going; wait for it to end")
+            self.state = self.check(before[1]["training"])
         self.say(f"{text.source}: {len(text.train):,} bytes to learn from, "
                  f"{len(self.judged):,} to be judged on")
 
-    def take_over(self, training):
-        """Go on from what an interrupted run had saved, if it is about the same text."""
+    def check(self, training):
+        """Whether an interrupted run can go on: was it about this text? -> its state"""
         if training is None:
             raise Problem(f"the run in {self.args.out} is complete; train another without --resume")
         if training["checksums"] != self.checksums:
             raise Problem(f"the text is not the one that the run in {self.args.out} began with; "
                           "name that one with --data and --valid")
-        self.state = training["state"]
-        self.clock.start = time.monotonic() - training["spent"]  # setting up again is free
+        return training["state"]
 
     def say(self, *words):
         """Print. That nobody reads it any more is no reason to stop training."""
@@ -745,11 +742,11 @@ class Run:
             try:
                 print(*words, flush=True)
             except OSError:
-                mute(sys.stdout)
+                mute(1)
 
     def count_ngram(self):
         """Count an n-gram and let it tell the first story. A teacher must know all of the text; for
-        a level to beat 3 MB a minute are enough, some 3 % of the time. -> NGram or None"""
+        a baseline 3 MB a minute are enough, some 3 % of the time. -> NGram or None"""
         args = self.args
         if args.order == 0:
             return None
@@ -757,9 +754,9 @@ class Run:
         if args.distill == 0:
             counted = counted[: int(3e6 * max(1, args.minutes))]
         ngram = NGram(args.order).fit(counted)
-        self.level = round(ngram.bits_per_byte(self.judged), 4)
+        self.baseline = round(ngram.bits_per_byte(self.judged), 4)
         self.say(f"\n{self.clock():6.1f} s  n-gram of order {args.order}, "
-                 f"{len(counted) / 1e6:.0f} MB counted: {self.level:.3f} bits per byte")
+                 f"{len(counted) / 1e6:.0f} MB counted: {self.baseline:.3f} bits per byte")
         self.say(readable(ngram.generate(PROMPT, 300, 0.8, args.seed)))
         return ngram
 
@@ -782,29 +779,36 @@ class Run:
         return model.to(device)
 
     def begin(self, model, optimizers, batches):
-        """The last thing before the first step."""
+        """The last thing before the first step: the folder, signals, what --resume restores."""
         self.model = model
         self.optimizers = optimizers
         self.batches = batches
+        if self.rank == 0:  # the first process writes; it holds the log as long as it runs
+            if self.before is None:
+                self.args.out = new_folder(self.args.out)
+            self.log = lock(os.path.join(self.args.out, "log.jsonl"))
+            if self.log is None:
+                raise Problem(f"the run in {self.args.out} is still going; wait for it to end")
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # no other may ask for signals
+            self.handlers = {n: signal.signal(n, self.interrupt) for n in STOP_SIGNALS}
+        hidden = self.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=100, disable=hidden, bar_format="{l_bar}{bar}| {elapsed}{postfix}")
         if self.before is not None:
             training = self.before[1]["training"]
             model.memory.squares.copy_(training["squares"])
             for optimizer, state in zip(optimizers, training["optimizers"]):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(training["random"])
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # no other may ask for signals
-            self.handlers = {n: signal.signal(n, self.interrupt) for n in STOP_SIGNALS}
-        hidden = self.rank > 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=100, disable=hidden, bar_format="{l_bar}{bar}| {elapsed}{postfix}")
+            self.clock.start = time.monotonic() - training["spent"]  # setting up again was free
 
     def interrupt(self, number, frame):
         """Ctrl-C, SIGTERM, a closed terminal: stop after this step. A second one stops at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone
-            mute(sys.stdout)
-            mute(sys.stderr)
+            mute(1)
+            mute(2)
 
     def progress(self):
         """The part of the run that is over; 1 ends it.
@@ -861,7 +865,7 @@ class Run:
         story = write_stories(self.model, [PROMPT], 120, seed=self.args.seed)[0]
         # The end needs a whole evaluation, a story of 1,000 bytes and a second for the checkpoint.
         # (Of a very short budget it gets a quarter, whatever it needs.)
-        needed = 4 * (evaluated - began) + 10 * (self.clock() - evaluated) + 1
+        needed = 4 * (evaluated - began) + 12 * (self.clock() - evaluated) + 1
         state["reserve"] = max(state["reserve"], min(needed, 15 * self.args.minutes))
         state["curve"].append((began, bpb))
         line = readable(story).replace("\n", " ")
@@ -888,25 +892,32 @@ class Run:
             save_checkpoint(self.args, self.model, {}, training)
 
     def finish(self):
-        """Judge, save, tell a story, name the next command. -> the closing figures, a dict"""
+        """The end: --resume, or the closing figures. -> the figures, a dict"""
         self.bar.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
         if self.rank > 0:
             return {}
         self.log.close()
-        state = self.state
         out = shlex.quote(self.args.out)
         if self.stopped:
             self.save()
-            self.say(f"\ninterrupted after {state['step']:,} steps; all is saved in {out}\n"
-                     f"go on: python tiny.py --resume {out}\n"
-                     f"read stories: python sample.py --out {out}")
+            self.say(f"\ninterrupted after {self.state['step']:,} steps; all is saved in {out}\n"
+                     f"go on: python tiny.py --resume {out}")
+        else:
+            facts = self.conclude()
+        self.say(f"read stories: python sample.py --out {out}")
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.stopped:
             sys.exit(128 + (self.signal or signal.SIGTERM))
+        return facts
+
+    def conclude(self):
+        """Evaluate, save, tell a story. -> the closing figures, a dict"""
+        state = self.state
         bpb = evaluate(self.model, self.judged)
         state["curve"].append((self.clock(), bpb))
         bytes_seen = state["step"] * self.batches.step_bytes
-        facts = dict(val_bpb=round(bpb, 4), ngram_bpb=self.level, steps=state["step"],
+        facts = dict(val_bpb=round(bpb, 4), ngram_bpb=self.baseline, steps=state["step"],
                      bytes_seen=bytes_seen, skipped_steps=state["skipped"], seed=self.args.seed,
                      parameters=self.parameters, device=str(self.model.cos.device))
         save_checkpoint(self.args, self.model, facts)
@@ -917,7 +928,6 @@ class Run:
         for name, value in facts.items():
             self.say(f"{name}: {value}")
         self.warn(bpb, bytes_seen / len(self.text.train))
-        self.say(f"\nmore stories: python sample.py --out {out}")
         return facts
 
     def warn(self, bpb, epochs):
@@ -948,9 +958,9 @@ def notice(words):
     print(f"NOTICE: {words}", file=sys.stderr, flush=True)
 
 
-def mute(stream):
-    """Nobody reads this stream any more: what is written to it is dropped from now on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def mute(descriptor):
+    """Nobody reads stdout (1) or stderr (2) any more: drop what is written from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @contextlib.contextmanager
@@ -1226,22 +1236,22 @@ def several(args):
     """Whole runs, each with its whole budget: --seeds, or --sweep, which draws settings at random
     (that finds good ones sooner than a grid: Bergstra & Bengio 2012). A line each in runs.tsv."""
     draw = np.random.default_rng(0)
-    runs = [dict(seed=seed) for seed in range(1, (args.seeds or 0) + 1)]
+    changes = [dict(seed=seed) for seed in range(1, (args.seeds or 0) + 1)]
     for _ in range(args.sweep or 0):
-        runs.append({"set": {k: draw.choice(values).item() for k, values in DRAWN.items()}})
+        drawn = {name: draw.choice(values).item() for name, values in DRAWN.items()}
+        changes.append({"set": args.set | drawn})
     folder = new_folder(args.out)
     scores = []
-    for i, change in enumerate(runs, 1):
+    lines = []
+    for i, change in enumerate(changes, 1):
         options = vars(args) | change | {"out": os.path.join(folder, str(i))}
-        with contextlib.redirect_stdout(io.StringIO()):
-            facts = train(argparse.Namespace(**options), time.monotonic())
+        facts = train(argparse.Namespace(**options), time.monotonic())
         scores.append(facts["val_bpb"])
-        line = f"{facts['val_bpb']}\t{facts['steps']} steps\t{facts['seconds']} s\t{change}"
-        print(line, flush=True)
-        with open(os.path.join(folder, "runs.tsv"), "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        lines.append(f"{facts['val_bpb']}\t{facts['steps']} steps\t{change}")
+        save(os.path.join(folder, "runs.tsv"), "\n".join(lines).encode())
     spread = np.std(scores, ddof=1)
-    print(f"\n{len(runs)} runs: {np.mean(scores):.4f} ± {spread:.4f} bits per byte, "
+    print("\n" + "\n".join(sorted(lines)))
+    print(f"\n{len(lines)} runs: {np.mean(scores):.4f} ± {spread:.4f} bits per byte, "
           f"best {min(scores)}, worst {max(scores)}")
 
 
