@@ -1,9 +1,8 @@
 """Count bytes, predict bytes: n-gram models, up to interpolated modified Kneser-Ney.
 
-By the end of this file you know how a language model is made by counting alone, why it must keep
+By the end of section 2 you know how a language model is made by counting alone, why it must keep
 some probability for what it has never seen, and why Kneser-Ney asks "after how many different
-bytes?" instead of "how often?". Sections 1 and 2 are the whole idea, with dictionaries. Sections 3
-and 4 do the same for tens of millions of n-grams in seconds. The one command:
+bytes?" instead of "how often?". The one command:
 
     python ngram.py --data stories.txt   counts, scores several orders, writes a story
 
@@ -15,7 +14,8 @@ about, R of them whose context is known, E followers of those contexts.
 import argparse
 import os
 import time
-from collections import Counter, namedtuple
+from collections import Counter
+from itertools import product
 
 import numpy as np
 
@@ -31,23 +31,26 @@ END = 0  # the byte between stories; no context reaches back beyond it
 #     p_n(w | h) = (c(h w) - discount) / denominator  +  handed / denominator * p_{n-1}(w | h')
 #
 #     discount     what this count gives up
-#     added        made-up counts, for what has not been seen
-#     handed       what the shorter context may give out: all discounts after h, and what was added
+#     added        pseudo-counts, for what has not been seen
+#     handed       what is handed down to the shorter context: all discounts after h, and added
 #     denominator  c(h) + added
 #     h'           h without its farthest byte; below order 1 stands the uniform p_0 = 1/256
 #
-# What is taken here is handed down there, so each distribution sums to 1. "quick brown f" may be
-# new, but "brown f" was seen, and if not, "n f". What differs is `smooth`, and for both Kneser-Neys
-# what is counted (section 2).
+# What is taken here is handed down there, so each distribution sums to 1; the literature calls it
+# interpolation with the lower order. "quick brown f" may be new, but "brown f" was seen, and if
+# not, "n f". The models differ in `smooth`, and both Kneser-Neys in what they count (section 2).
+
+KNESER_NEY = ("kneser-ney", "modified-kneser-ney")
+SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute")
+SMOOTHINGS += KNESER_NEY
+
 
 class Textbook:
     """An n-gram model made of dictionaries. Slow and short; the tests hold NGram against it."""
 
     def __init__(self, text, order, smoothing, constants=None, left_out=None):
-        """Count text (bytes), all but the byte at position left_out.
-
-        constants: for each order what `smooth` needs; None: estimated from these counts.
-        """
+        """Count text (bytes), all but the byte at position left_out. constants: for each order what
+        `smooth` needs; None: estimated from these counts."""
         self.order = order
         self.smoothing = smoothing
         positions = [i for i in range(len(text)) if i != left_out]
@@ -82,32 +85,30 @@ class Textbook:
 
 
 def context_before(text, i, n):
-    """The n-1 bytes before position i of text (bytes). Beyond the story's beginning all are END.
-
-    So a story's first bytes are predicted from the first bytes of all others, never from the story
-    that happens to stand before it.
-    """
+    """The n-1 bytes before position i of text (bytes). Beyond the story's beginning all are END,
+    so its first bytes are predicted from other stories' first bytes, not from the story before."""
     story = text[max(0, i - n + 1) : i].rpartition(b"\0")[2]
     return story.rjust(n - 1, b"\0")
 
 
-KNESER_NEY = ("kneser-ney", "modified-kneser-ney")
-SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute")
-SMOOTHINGS += KNESER_NEY
-K = 0.01  # of add-k
+def orders_mixed(smoothing, order):
+    """The orders that the formula runs through. Add-k mixes the highest with p_0 alone."""
+    if smoothing == "add-k":
+        return [order]
+    return range(1, order + 1)
 
 
 def smooth(smoothing, count, different, constants):
-    """All in which the seven smoothings differ. -> discount (E,), added: a number or (R,)
+    """All that the smoothings differ in. -> discount (E,), added
 
-    count (E,) integers: the followers of a context, or of R contexts side by side; different: how
-    many different followers a context has, a number or (R,); constants (4,): see `discounts`.
-    """
+    count (E,) integers: how often each follower was met. Section 1 passes those of one context,
+    section 4 those of R contexts at once. different: how many different followers a context has, a
+    number or (R,); added likewise. constants (4,): see `discounts`."""
     none = np.zeros(len(count))
     if smoothing == "maximum-likelihood":  # nothing: what was never seen is impossible
         return none, 0
-    if smoothing == "add-k":  # as if each of the 256 bytes had been seen K times more
-        return none, 256 * K
+    if smoothing == "add-k":  # as if each of the 256 bytes had been seen 0.01 times more
+        return none, 256 * 0.01
     if smoothing == "jelinek-mercer":  # a fixed share of every count (Jelinek & Mercer 1980)
         return count * constants[0], 0
     if smoothing == "witten-bell":  # "something new" has happened too (Witten & Bell 1991):
@@ -118,21 +119,12 @@ def smooth(smoothing, count, different, constants):
     return constants[np.minimum(count, 3)], 0
 
 
-def orders_mixed(smoothing, order):
-    """The orders that the formula runs through. Add-k mixes the highest with p_0 alone."""
-    if smoothing == "add-k":
-        return [order]
-    return range(1, order + 1)
-
-
 def discounts(smoothing, count):
     """What counts of 0, 1, 2, and 3 or more give up. count: of all n-grams of an order. -> (4,)
 
     Estimated from how many n-grams were met once, twice, ... (Chen & Goodman 1999, equations 17
-    and 26). Kept between 0.01, as new text must stay possible, and the count itself.
-    Jelinek-Mercer's is a share of the count: a half, until `fit` learns it.
-    """
-    if smoothing == "jelinek-mercer":
+    and 26). Kept between 0.01, as new text must stay possible, and the count itself."""
+    if smoothing == "jelinek-mercer":  # a share of the count: a half, until `fit` learns it
         return np.full(4, 0.5)
     n = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # n[c]: n-grams met c times
     y = n[1] / max(1, n[1] + 2 * n[2])
@@ -146,8 +138,8 @@ def discounts(smoothing, count):
 # ---- 2. Kneser-Ney's question --------------------------------------------------------------------
 # A shorter context is asked where the longer one knows little (Kneser & Ney 1995). "Francisco" is
 # frequent, so after an unknown "big " a plain count offers it. But it was only ever met after
-# "San ". Below the highest order they therefore count not how often w followed h, but after how
-# many *different* bytes "h w" was met:
+# "San ". So below the highest order they do not count how often w followed h, but after how many
+# *different* bytes "h w" was met:
 #
 #     text:                San Francisco, San Francisco, San Francisco, my dog, a dog, the dog
 #     counts:              " F" 3, " d" 3     how often?
@@ -155,7 +147,6 @@ def discounts(smoothing, count):
 
 def continuation_counts(longer):
     """The counts of order n + 1, {(context, byte): count} -> the continuation counts of order n.
-
     Each different longer n-gram is one byte before the shorter one:
 
     >>> text = b"San Francisco, San Francisco, San Francisco, my dog, a dog, the dog"
@@ -168,9 +159,14 @@ def continuation_counts(longer):
     return Counter((context[1:], byte) for context, byte in longer)
 
 
+# ==================================================================================================
+# You may stop reading here. What follows is the same model for tens of millions of n-grams in
+# seconds, with sorted arrays in place of dictionaries. The subject goes on in tiny.py.
+# ==================================================================================================
+
+
 # ---- 3. Contexts as numbers ----------------------------------------------------------------------
-# From here on the subject is speed: no Python loop over bytes, only sorting and arrays. The context
-# of t bytes before position i becomes one 64-bit number:
+# The context of t bytes before position i becomes one 64-bit number:
 #
 #     hash = sum over s = 1 ... t of (data[i-s] + 1) * ODD^s      modulo 2^64
 #
@@ -179,7 +175,6 @@ def continuation_counts(longer):
 LONGEST = 255  # the highest order
 ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio (Knuth); odd, so that multiplying loses nothing
 POWERS = [np.uint64(pow(ODD, s, 2**64)) for s in range(LONGEST + 1)]
-LOW_BYTE = np.uint64(255)
 
 
 def as_array(data):
@@ -196,22 +191,16 @@ def byte_before(data, positions, t):
     return byte
 
 
-def term(byte, t):
-    """What a byte adds to the hash when it stands t places back. (N,) uint8 -> (N,) uint64"""
-    return (byte + np.uint64(1)) * POWERS[t]
-
-
 def context_hashes(data, positions, longest):
     """Yield for t = 0 ... longest the hash of the t bytes before each position, (N,) uint64, and
-    inside, (N,) bool: is byte t in the story, or the END just before it? Beyond that nothing is
-    added. Both arrays change in place: copy what is to be kept.
-    """
+    inside (N,), about byte t alone: True for the bytes of this story and for one END. Those beyond
+    add nothing. Both arrays change in place: copy what is to be kept."""
     h = np.zeros(len(positions), np.uint64)
     inside = np.ones(len(positions), bool)
     yield h, inside
     for t in range(1, longest + 1):
         byte = byte_before(data, positions, t)
-        h += term(byte, t) * inside
+        h += (byte + np.uint64(1)) * POWERS[t] * inside
         yield h, inside
         inside &= byte != END
 
@@ -224,74 +213,45 @@ def mix(h):
 
 def run_starts(values):
     """Where each run of equal values begins in a sorted array. (n,) -> (different values,) int64"""
-    new = np.ones(len(values), bool)
-    np.not_equal(values[1:], values[:-1], out=new[1:])
-    return np.flatnonzero(new)
+    return np.flatnonzero(np.append(True, values[1:] != values[:-1]))
 
 
 def one_of_each(keys):
     """The index of one key of each value. (n,) uint64 -> (different values,) int64
 
-    numpy sorts numbers ten times faster than it finds their order (argsort). So the index is put
-    into the low bits, below a hash of the key, and both are sorted as one number. For 16 million
-    keys 40 bits are left to the hash: about a hundred share theirs with another, and are missed.
-    """
-    width = np.uint64(len(keys).bit_length())
+    numpy sorts numbers ten times faster than it finds their order (argsort). So the index replaces
+    the low bits of a hash of the key, and both are sorted as one number. For 16 million keys 40
+    bits are left to the hash: about a hundred keys share theirs with another and are missed."""
+    index_bits = np.uint64(2 ** len(keys).bit_length() - 1)
     packed = mix(keys)
-    packed >>= width
-    packed <<= width
+    packed &= ~index_bits
     packed |= np.arange(len(keys), dtype=np.uint64)
     packed.sort()
-    index = packed & ((np.uint64(1) << width) - np.uint64(1))
-    packed >>= width
-    return index[run_starts(packed)].astype(np.int64)
+    first = run_starts(packed & ~index_bits)
+    return (packed[first] & index_bits).astype(np.int64)
 
 
-class Counts(namedtuple("Counts", "bucket tag start byte count")):
-    """The n-grams of one order. The followers of a context stand side by side, the contexts are
-    sorted by their mixed hashes:
+class Counts:
+    """The n-grams of one order, sorted: the followers of a context stand side by side."""
 
-    bucket  (2^bits + 1,)   uint32    where the contexts with these top bits of the hash begin
-    tag     (contexts,)     uint32    32 more bits, to tell the contexts of a bucket apart
-    start   (contexts + 1,) uint32    where the followers of each context begin
-    byte    (n-grams,)      uint8     the follower
-    count   (n-grams,)      unsigned  how often it was counted, in as few bytes as the largest needs
-    """
-    @classmethod
-    def of(cls, events):
-        """events: (n,) uint64, one for each time that something is counted: 56 bits of the mixed
-        hash of the context, then 8 bits, the follower. Sorted in place. -> Counts"""
+    def __init__(self, events):
+        """events: (n,) uint64, drawn in `NGram.fit`. Sorted in place."""
         events.sort()
         first = run_starts(events)
         count = np.diff(first, append=len(events))
-        count = count.astype(np.min_scalar_type(count.max()))
-        grams = events[first]
-        byte = grams.astype(np.uint8)
-        grams >>= np.uint64(8)
-        first = run_starts(grams)
-        start = np.append(first, len(grams)).astype(np.uint32)
-        contexts = grams[first]
-        bits = len(contexts).bit_length()
-        tops = np.arange(2**bits + 1, dtype=np.uint64)
-        bucket = np.searchsorted(contexts >> np.uint64(56 - bits), tops).astype(np.uint32)
-        return cls(bucket, contexts.astype(np.uint32), start, byte, count)
+        grams = events[first]  # each different n-gram once
+        context = grams >> np.uint64(8)
+        first = run_starts(context)
+        self.context = context[first]  # (contexts,) uint64: 56 bits of the mixed hash, ascending
+        self.start = np.append(first, len(grams)).astype(np.uint32)  # where its followers begin
+        self.byte = grams.astype(np.uint8)  # (n-grams,) the follower
+        self.count = count.astype(np.min_scalar_type(count.max()))  # (n-grams,) unsigned
 
     def find(self, h):
         """Mixed hashes (N,) uint64 -> the index of each context, (N,) int64; -1: unknown."""
-        bits = len(self.bucket).bit_length() - 1
-        top = (h >> np.uint64(64 - bits)).astype(np.int64)
-        tag = (h >> np.uint64(8)).astype(np.uint32)
-        place = self.bucket[top].astype(np.int64)
-        end = self.bucket[top + 1]
-        index = np.full(len(h), -1)
-        searching = np.flatnonzero(place < end)
-        while len(searching):  # one place on each time, until the bucket ends, for ever fewer
-            equal = self.tag[place[searching]] == tag[searching]
-            index[searching[equal]] = place[searching[equal]]
-            searching = searching[~equal]
-            place[searching] += 1
-            searching = searching[place[searching] < end[searching]]
-        return index
+        h, which = np.unique(h >> np.uint64(8), return_inverse=True)  # sorted: much faster
+        index = np.searchsorted(self.context[:-1], h)  # without the last: never beyond the end
+        return np.where(self.context[index] == h, index, -1)[which]
 
     def followers(self, index):
         """All followers of R contexts, side by side. index (R,) -> first (R,): where each context's
@@ -306,38 +266,13 @@ class Counts(namedtuple("Counts", "bucket tag start byte count")):
 
 # ---- 4. The fast model ---------------------------------------------------------------------------
 
-def mixture_weights(p):
-    """The weights of several models whose mixture makes a text likeliest.
-
-    p (n, models): the probability that each model gave to each target. -> (models,), sum 1
-
-    Expectation maximisation (Dempster, Laird & Rubin 1977): a model's new weight is the share of
-    the targets that probably came from it. When no weight grows by more than 1e-5 of
-    itself, the mean log-likelihood is within 1e-5 of the best there is (Cover 1984).
-    """
-    p = np.asarray(p, np.float64)
-    weights = np.full(p.shape[1], 1 / p.shape[1])
-    p = p[p.max(axis=1) > 0]  # what all models call impossible says nothing about them
-    if len(p) == 0:
-        return weights
-    for _ in range(20_000):
-        growth = (1 / (p @ weights)) @ p / len(p)
-        weights *= growth
-        if growth.max() < 1 + 1e-5:
-            break
-    return weights / weights.sum()
-
-
-DENSE = 3  # contexts below this order are few, but have many followers: kept as a table
-SLICE = 1 << 14  # so many positions are worked on at a time
+SHORT = 3  # contexts up to this order are few, but have many followers
+SLICE = 1 << 14  # how many positions are worked on at a time
 
 
 class NGram:
-    """A counting language model. smoothing: one of SMOOTHINGS; order: from 1 to 255.
-
-    data is bytes or (n,) uint8 everywhere, with END (0) between stories. Copy it with this file;
-    it needs numpy alone.
-    """
+    """A counting language model. smoothing: one of SMOOTHINGS; order: from 1 to 255. data is bytes
+    or (n,) uint8 everywhere, with END (0) between stories. It needs this file and numpy alone."""
 
     def __init__(self, order=12, smoothing="modified-kneser-ney"):
         if not 1 <= order <= LONGEST:
@@ -347,23 +282,25 @@ class NGram:
         self.order = order
         self.smoothing = smoothing
         orders = orders_mixed(smoothing, order)
-        self.short = [n for n in orders if n <= DENSE]
-        self.long = [n for n in orders if n > DENSE]
+        self.short = [n for n in orders if n <= SHORT]
+        self.long = [n for n in orders if n > SHORT]
         self.counts = {}  # n -> Counts
         self.constants = np.zeros((order + 1, 4))  # of each order, for `smooth`
 
     def fit(self, data):
-        """Count data, bytes or (n,) uint8. -> self. Raises ValueError if there is nothing in it.
+        """Count data. -> self. Raises ValueError if there is nothing in it.
 
-        Sorted, equal n-grams stand together, and the length of a run is the count. Kneser-Ney then
-        keeps one event of each run, that is of each *different* n-gram. Counting the shorter ones
-        in what is left gives exactly their continuation counts, over ever fewer events.
-        """
+        An *event* is one time that a byte is counted after a context. At the highest order each
+        position is one. As a number: [56 bits: hash of the context | 8 bits: the follower].
+        `Counts` sorts these numbers: equal n-grams then stand together, and the length of a run is
+        the count. Before that, for Kneser-Ney, `one_of_each` sorts a copy, to keep one event of
+        each *different* n-gram for the next order. Counting the shorter n-grams in what is kept
+        gives exactly their continuation counts, from fewer events at each order."""
         data = as_array(data)
         if len(data) == 0:
             raise ValueError("nothing to count: the text is empty")
         h = np.zeros(len(data), np.uint64)  # the hash of each event's context
-        depth = np.zeros(len(data), np.uint8)  # how many t of 0 ... order-1 are inside its story
+        depth = np.zeros(len(data), np.uint8)  # h has a term for each of t = 1 ... depth-1
         for a in range(0, len(data), SLICE):
             some = np.arange(a, min(a + SLICE, len(data)))
             for hashes, inside in context_hashes(data, some, self.order - 1):
@@ -371,29 +308,29 @@ class NGram:
             h[some] = hashes
         position = np.arange(len(data), dtype=np.int32)
         for n in range(self.order, 0, -1):
-            key = mix(h)
-            key &= ~LOW_BYTE
-            key |= data[position]
-            if n > 1:  # the next order: its events, and its contexts, shorter by a byte
+            events = mix(h)
+            events &= ~np.uint64(255)
+            events |= data[position]
+            if n > 1:  # for the next order: its events, with contexts shorter by a byte
                 if self.smoothing in KNESER_NEY:
-                    kept = one_of_each(key)
+                    kept = one_of_each(events)
                     h = h[kept]
                     position = position[kept]
                     depth = depth[kept]
-                h -= term(byte_before(data, position, n - 1), n - 1) * (depth > n - 1)
-            self.counts[n] = Counts.of(key)
+                t = n - 1  # the farthest byte; outside the story it has no term to take away
+                byte = byte_before(data, position, t)
+                h -= (byte + np.uint64(1)) * POWERS[t] * (t < depth)
+            self.counts[n] = Counts(events)
             self.constants[n] = discounts(self.smoothing, self.counts[n].count)
         if self.smoothing == "jelinek-mercer":
             self._learn_shares(data)
-        self._tabulate()
         return self
 
     def _learn_shares(self, data):
-        """Jelinek-Mercer's constants, on 30,000 positions, each left out of the counts.
+        """Jelinek-Mercer's constants, learned on 30,000 positions, by leave-one-out (see `probs`).
 
         Seen from one order, the model is a mixture of two: one in which this order hands nothing
-        down, and one in which it hands down everything. Its share is the weight of the second.
-        """
+        down, and one in which it hands down everything. Its share is the weight of the second."""
         sample = min(30_000, len(data))
         positions = np.random.default_rng(0).integers(0, len(data), sample)
         target = data[positions]
@@ -404,114 +341,91 @@ class NGram:
             rest = np.add.reduceat(count, first) - 1  # (R,)
             known = rest > 0
             opinions[n] = row[known], own[known] / rest[known]
-        share = np.full(self.order + 1, 0.5)
-
-        def with_share(order, value):
-            share[order] = value
-            p = np.full(len(positions), 1 / 256)
-            for n, (row, opinion) in opinions.items():
-                p[row] = (1 - share[n]) * opinion + share[n] * p[row]
-            return p
-
+        share = dict.fromkeys(opinions, 0.5)
         for _ in range(2):  # from the highest order down, and again, as the others have changed
             for n in reversed(opinions):
-                both = np.stack((with_share(n, 0), with_share(n, 1)), axis=1)
-                weights = mixture_weights(both[opinions[n][0]])  # where this order has an opinion
+                handed = share | {n: np.array([0, 1])}  # the two models side by side
+                p = np.full((sample, 2), 1 / 256)
+                for m, (row, opinion) in opinions.items():
+                    p[row] = (1 - handed[m]) * opinion[:, None] + handed[m] * p[row]
+                weights = mixture_weights(p[opinions[n][0]])  # where this order has an opinion
                 share[n] = max(0.01, weights[1])  # with 0, what is new would be impossible
-        self.constants[:] = share[:, None]
-
-    def _tabulate(self):
-        """The distributions after all pairs of bytes: dense (rows, 256) float32, each different one
-        once, and dense_row (65536,), where that of a pair is."""
-        pair = np.arange(65536)
-        data = pair.astype(">u2").view(np.uint8)  # all pairs, one after the other
-        after = 2 * pair + 2
-        n = min(DENSE, self.order)
-        *_, (h, _) = context_hashes(data, after, n - 1)
-        context = self.counts[n].find(mix(h))
-        kind = np.where(context >= 0, context, -1 - pair % 256)  # unknown: one byte matters
-        _, example, self.dense_row = np.unique(kind, return_index=True, return_inverse=True)
-        self.dense = self._short_contexts(data, after[example])
+                self.constants[n] = share[n]
 
     def probs(self, data, positions, leave_one_out=False):
-        """The distribution of the byte at each position, given the bytes before it.
-
-        data: bytes or (n,) uint8; positions: (N,) integers from 0 to n, where n asks for the byte
-        after the last. -> (N, 256) float32, each row sums to 1
+        """The distribution of the byte at each position, by those before. -> (N, 256) float32
+        positions: (N,) integers from 0 to n, where n asks for the byte after the last.
         leave_one_out: data is the text that was counted, which the model would only recite. Answer
-        as if the n-gram that ends at the position had not been counted.
-        """
+        as if the n-gram that ends at the position had not been counted."""
         data = as_array(data)
+        if len(data) == 0:
+            data = np.array([END], np.uint8)  # stands for the END before the text
         positions = np.asarray(positions, np.int64)
-        target = None
-        if leave_one_out:
-            target = data[positions].astype(np.int16)
-        found = self._find(data, positions, self.long)
-        left, given = self._hand_down(found, len(positions), target)
-        far = byte_before(data, positions, 2).astype(np.int64)
-        p = self.dense[self.dense_row[256 * far + byte_before(data, positions, 1)]]
-        if leave_one_out:  # where short contexts lose a count too, the table does not hold
-            lowered = np.flatnonzero(target >= 0)
-            p[lowered] = self._short_contexts(data, positions[lowered], target[lowered])
-        return give_out(p, left, given)
+        return self._hand_down(data, positions, self.long, leave_one_out)
 
-    def _short_contexts(self, data, positions, target=None):
-        """The distributions by the orders up to DENSE alone, without the table. -> (N, 256)"""
-        p = np.full((len(positions), 256), 1 / 256, np.float32)
-        found = self._find(data, positions, self.short)
-        return give_out(p, *self._hand_down(found, len(positions), target))
+    def _hand_down(self, data, positions, orders, leave_one_out):
+        """The formula of section 1, unrolled. For orders 1 to 3 it is
 
-    def _find(self, data, positions, orders):
-        """Which of the orders know the context of which positions? -> list of n, row (R,): indices
-        into positions, context (R,): indices into counts[n]"""
-        found = []
-        row = np.arange(len(positions))
-        for n, (h, _) in enumerate(context_hashes(data, positions, max(orders, default=1) - 1), 1):
-            if n in orders:
-                context = self.counts[n].find(mix(h[row]))
-                row = row[context >= 0]  # an unknown context stays unknown when it grows
-                found.append((n, row, context[context >= 0]))
-        return found
+            p_3 = given_3 + left_3 * (given_2 + left_2 * (given_1 + left_1 / 256))
 
-    def _hand_down(self, found, N, target=None):
-        """The formula of section 1 from the longest context down, for the contexts `_find` found.
-
-        target (N,): the byte of each position, to be left out of the counts; becomes -1 where the
-        shorter contexts keep theirs. -> left (N,): the probability that is not given out yet;
-        given: for each order, flat indices (E,) into (N, 256) and what these bytes get, (E,)
-        """
-        left = np.ones(N)
-        given = []
-        for n, row, context in reversed(found):
+        with given_n = (count - discount) / denominator and left_n = handed / denominator. So go
+        from the longest context down, and multiply what each order gives by all left_n before."""
+        left = np.ones(len(positions))  # (N,) the product of the left_n so far
+        given = []  # of each order: flat indices (E,) into (N, 256), and their p (E,)
+        still_lower = np.full(len(positions), leave_one_out, bool)  # (N,) is a count to lower?
+        for n, row, context in reversed(self._find(data, positions, orders)):
             first, of, byte, count = self.counts[n].followers(context)
             different = np.diff(first, append=len(of))
             at = row[of]  # (E,) the position that each follower is for
-            if target is not None:
-                self._leave_out(target, at, byte, count)
+            if leave_one_out:
+                own = still_lower[at] & (byte == data[positions][at])
+                count -= own
                 different = np.add.reduceat(count > 0, first, dtype=np.int64)
+                # A continuation count falls only if the longer n-gram was lowered to 0.
+                if self.smoothing in KNESER_NEY:
+                    still_lower[at[own]] = count[own] == 0
             discount, added = smooth(self.smoothing, count, different, self.constants[n])
             denominator = np.add.reduceat(count, first) + added
             handed = np.add.reduceat(discount, first) + added
             empty = denominator == 0  # the only follower was left out: everything is handed down
             denominator[empty] = 1
             handed[empty] = 1
-            share = left[row] / denominator
-            given.append((256 * at + byte, (count - discount) * share[of]))
-            left[row] = share * handed
+            scale = left[row] / denominator
+            given.append((256 * at + byte, (count - discount) * scale[of]))
+            left[row] = scale * handed
         if self.smoothing != "maximum-likelihood":
             left = np.maximum(left, 1e-12)  # so that float32 does not round it to impossible
-        return left, given
+        p = self._below(data, positions, orders, still_lower)
+        p *= left[:, None]
+        for place, probability in given:
+            p.reshape(-1)[place] += probability
+        return p
 
-    def _leave_out(self, target, at, byte, count):
-        """Leave one out: lower the count of each position's own n-gram, count (E,), in place.
+    def _below(self, data, positions, orders, still_lower):
+        """What the orders hand down to: the short ones, or 1/256. -> (N, 256) float32"""
+        if orders == self.short:
+            return np.full((len(positions), 256), 1 / 256, np.float32)
+        # Two bytes are all that short contexts see: answer once for each different pair of them.
+        far = byte_before(data, positions, 2).astype(np.int64)
+        pair = 256 * far + byte_before(data, positions, 1)
+        _, example, which = np.unique(pair, return_index=True, return_inverse=True)
+        p = self._hand_down(data, positions[example], self.short, False)[which]
+        if still_lower.any():  # there the target matters too
+            p[still_lower] = self._hand_down(data, positions[still_lower], self.short, True)
+        return p
 
-        A plain count falls at every order. A continuation count stands for different longer
-        n-grams, so it falls only if the longer one fell to 0; if not, target (N,) becomes -1.
-        """
-        own = np.flatnonzero(byte == target[at])
-        count[own] -= 1
-        if self.smoothing in KNESER_NEY:
-            target[at[own[count[own] > 0]]] = -1
+    def _find(self, data, positions, orders):
+        """Which of the orders know the context of which positions? -> list of n, row (R,): indices
+        into positions, context (R,): indices into counts[n]"""
+        found = []
+        row = np.arange(len(positions))
+        hashes = context_hashes(data, positions, max(orders, default=1) - 1)
+        for n, (h, _) in enumerate(hashes, 1):
+            if n in orders:
+                context = self.counts[n].find(mix(h[row]))
+                row = row[context >= 0]  # an unknown context stays unknown when it grows
+                found.append((n, row, context[context >= 0]))
+        return found
 
     def bits_per_byte(self, data, positions=None, leave_one_out=False):
         """The mean of -log2 p(byte) over the positions, by default all. -> float, bits per byte"""
@@ -527,73 +441,71 @@ class NGram:
         return float(bits / max(1, len(positions)))
 
     def generate(self, prompt=b"", length=1000, temperature=0.8, seed=0):
-        """Continue prompt (bytes) by `length` bytes, or to the end of the story. -> bytes, with it
-
-        temperature: 1 samples what the model predicts, less prefers the likely, 0 the likeliest.
-        """
+        """Continue prompt by `length` bytes, or to the end of the story. -> bytes, prompt included
+        temperature: 1 samples what the model predicts, less prefers the likely, 0 the likeliest."""
         rng = np.random.default_rng(seed)
         text = np.frombuffer(bytearray(prompt) + bytes(length), np.uint8)
         for i in range(len(prompt), len(text)):
             p = self.probs(text, [i])[0].astype(np.float64)
-            if temperature > 0:
-                p = (p / p.max()) ** (1 / temperature)
-            else:
-                p = p == p.max()
+            p = (p / p.max()) ** (1 / max(temperature, 1e-9))
             text[i] = rng.choice(256, p=p / p.sum())
             if text[i] == END:
                 return text[:i].tobytes()
         return text.tobytes()
 
-    def size(self):
-        """The number of n-grams, of all orders."""
-        return sum(len(counts.byte) for counts in self.counts.values())
 
-    def nbytes(self):
-        """The memory they take, in bytes."""
-        return sum(array.nbytes for counts in self.counts.values() for array in counts)
-
-
-def give_out(p, left, given):
-    """p (N, 256), the distribution by shorter contexts, times what is left, plus what was given."""
-    p *= left[:, None]
-    for place, probability in given:
-        p.reshape(-1)[place] += probability
-    return p
+def mixture_weights(p):
+    """p (n, models): the probability each model gave to each target -> (models,): the weights with
+    which their mixture makes the targets likeliest, sum 1.
+    Expectation maximisation (Dempster, Laird & Rubin 1977): a model's new weight is the share of
+    the targets that probably came from it. When no weight grows by more than 1e-5 of itself, the
+    mean log-likelihood is within 1e-5 of the best there is (Cover 1984)."""
+    p = np.asarray(p, np.float64)
+    weights = np.full(p.shape[1], 1 / p.shape[1])
+    p = p[p.max(axis=1) > 0]  # what all models call impossible says nothing about them
+    if len(p) == 0:
+        return weights
+    for _ in range(20_000):
+        growth = (1 / (p @ weights)) @ p / len(p)
+        weights *= growth
+        if growth.max() < 1 + 1e-5:
+            break
+    return weights / weights.sum()
 
 
 # ---- 5. To see it work ---------------------------------------------------------------------------
 
-SWEEP = [(smoothing, order) for smoothing in SMOOTHINGS[:2] for order in (2, 4)]
-SWEEP += [(smoothing, order) for smoothing in SMOOTHINGS[2:6] for order in (3, 6, 12)]
-SWEEP += [("modified-kneser-ney", order) for order in (2, 3, 4, 6, 8, 12, 16)]
+SWEEP = list(product(SMOOTHINGS[:2], (2, 4)))
+SWEEP += product(SMOOTHINGS[2:6], (3, 6, 12))
+SWEEP += product(SMOOTHINGS[6:], (2, 3, 4, 6, 8, 12, 16))
 
 
 def compare(text, kinds):
     """Count text.train with each (smoothing, order), score text.valid. -> the best model"""
-    best = None
-    best_bits = None
-    print("   bpb  seconds  predictions/s  million n-grams    MB  order  smoothing")
+    best_bits = np.inf
+    print("   bpb  seconds  predictions/s  million n-grams  order  smoothing")
     for smoothing, order in kinds:
         began = time.perf_counter()
         model = NGram(order, smoothing).fit(text.train)
         counted = time.perf_counter()
         bits = model.bits_per_byte(text.valid)
         speed = len(text.valid) / (time.perf_counter() - counted)
-        print(f"{bits:6.4f}  {counted - began:7.1f}  {speed:13,.0f}  {model.size() / 1e6:15.2f}  "
-              f"{model.nbytes() / 1e6:4.0f}  {order:5}  {smoothing}", flush=True)
-        if best is None or bits < best_bits:
+        grams = sum(len(counts.byte) for counts in model.counts.values()) / 1e6
+        print(f"{bits:6.4f}  {counted - began:7.1f}  {speed:13,.0f}  {grams:15.2f}  "
+              f"{order:5}  {smoothing}", flush=True)
+        if bits <= best_bits:
             best = model
             best_bits = bits
     some = np.linspace(0, len(text.train) - 1, 100_000).astype(np.int64)
+    left_out = best.bits_per_byte(text.train, some, leave_one_out=True)
     print(f"\nthe best, order {best.order}, {best.smoothing}, in bits per byte:")
     print(f"{best.bits_per_byte(text.train, some):.4f} on the text it counted, reciting")
-    left_out = best.bits_per_byte(text.train, some, leave_one_out=True)
     print(f"{left_out:.4f} on the same, each occurrence left out of the counts")
     print(f"{best_bits:.4f} on text it has not seen; peak memory {peak_memory() / 1e6:,.0f} MB")
     return best
 
 
-def options():
+def main():
     parser = argparse.ArgumentParser(
         description="Count n-grams of bytes, score them on text they have not seen, write a story.",
         epilog="example: python ngram.py --data stories.txt --orders 2 4 8 12",
@@ -601,20 +513,14 @@ def options():
     add = parser.add_argument
     add("--orders", type=number(int, 1, LONGEST), nargs="+", default=[1, 2, 3, 4, 6, 8, 12],
         metavar="N", help="(default: 1 2 3 4 6 8 12)")
-    add("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], metavar="NAME",
-        help=f"{', '.join(SMOOTHINGS)} (default: %(default)s)")
+    add("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], help="(default: %(default)s)")
     add("--sweep", action="store_true", help=f"{len(SWEEP)} models of all kinds instead")
-    add("--prompt", default="Once upon a time", metavar="TEXT",
-        help="how the story begins (default: %(default)s)")
-    add("--temperature", type=number(float, 0, 100), default=0.8, metavar="T",
+    add("--prompt", default="Once upon a time", help="begins the story (default: %(default)s)")
+    add("--temperature", type=number(float, 0, 100), default=0.8,
         help="0: always the likeliest byte; 1: as predicted (default: %(default)s)")
-    add("--seed", type=number(int, 0), default=1, metavar="N", help="(default: %(default)s)")
+    add("--seed", type=number(int, 0), default=1, help="(default: %(default)s)")
     add_arguments(parser)
-    return parser
-
-
-def main():
-    args = options().parse_args()
+    args = parser.parse_args()
     text = text_from(args)
     print(f"{text.source}: {len(text.train):,} bytes to count, {len(text.valid):,} to score\n")
     kinds = [(args.smoothing, order) for order in args.orders]
@@ -623,11 +529,11 @@ def main():
     model = compare(text, kinds)
     prompt = encode(os.fsencode(args.prompt)).tobytes()
     story = model.generate(prompt, 800, args.temperature, args.seed)
-    print("\n" + printable(decode(as_array(story)).decode("utf-8", "replace").strip()))
+    story = decode(as_array(story)).decode("utf-8", "replace")
+    print("\n" + printable(story.strip()))
 
 
 if __name__ == "__main__":  # only the script needs data.py
-    from data import (Problem, add_arguments, decode, encode, number, peak_memory, printable, run,
-                      text_from)
+    from data import add_arguments, decode, encode, number, peak_memory, printable, run, text_from
 
     run(main)

@@ -286,7 +286,7 @@ def test_a_validation_text_that_is_known_is_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command, words", [
-    ("--data missing.txt", ["cannot read missing.txt", "--data"]),
+    ("--data missing.txt", ["cannot read missing.txt", "name another file"]),
     ("--data folder", ["cannot read folder", "directory"]),
     ("--data empty.txt", ["empty.txt is empty"]),
     ("--data utf16.txt", ["utf16.txt seems to be binary or UTF-16"]),
@@ -304,7 +304,7 @@ def test_bad_text_gets_one_line(tmp_path, command, words):
 
 
 @pytest.mark.parametrize("option", ["--megabytes=0", "--megabytes=nan", "--mega=1"])
-def test_bad_options_are_named_and_none_is_abbreviated(option):
+def test_bad_options_of_data_are_named_and_none_is_abbreviated(option):
     result = script("data.py", option)
     assert result.returncode == 2 and option.split("=")[0] in result.stderr.splitlines()[-1]
 
@@ -423,6 +423,24 @@ def test_bytes_are_taken_wherever_data_is():
             -np.log2(p[positions, array].astype(float)).mean())
 
 
+def test_contexts_are_found_by_the_56_bits_of_their_hash():
+    grams = [(9, 97), (5, 98), (5, 97), (5, 98)]
+    events = np.array([context << 8 | byte for context, byte in grams], np.uint64)
+    counts = ngram.Counts(events)
+    asked = np.array([5 << 8 | 1, 9 << 8 | 255, 6 << 8, 0, 2**64 - 1], np.uint64)
+    assert counts.find(asked).tolist() == [0, 1, -1, -1, -1]
+    first, of, byte, count = counts.followers(np.array([1, 0]))
+    assert (first.tolist(), of.tolist()) == ([0, 1], [0, 1, 1])
+    assert (byte.tolist(), count.tolist()) == ([97, 97, 98], [1, 1, 2])
+
+
+def test_before_the_text_stands_an_end():
+    model = ngram.NGram(5).fit(TEXT)
+    assert np.array_equal(model.probs(b"", [0]), model.probs(b"\0", [1]))
+    assert np.array_equal(model.probs(b"", [0]), model.probs(b"the", [0]))
+    assert model.probs(b"", []).shape == (0, 256)
+
+
 def test_more_context_predicts_better(stories):
     train, valid = stories
     scores = [ngram.NGram(order).fit(train).bits_per_byte(valid) for order in (1, 2, 4, 8)]
@@ -482,17 +500,6 @@ def test_generate_repeats_itself_and_stops_at_the_end_of_a_story(stories):
     assert model.generate() == model.generate(b"\0")[1:]  # both are the beginning of a story
 
 
-def test_save_and_load(tmp_path):
-    model = ngram.NGram(6).fit(TEXT)
-    model.save(tmp_path / "n.npz")
-    loaded = ngram.NGram.load(tmp_path / "n.npz")
-    for leave_one_out in (False, True):
-        p = model.probs(TEXT, np.arange(50), leave_one_out)
-        assert np.array_equal(p, loaded.probs(TEXT, np.arange(50), leave_one_out))
-    assert (loaded.size(), loaded.nbytes()) == (model.size(), model.nbytes())
-    assert os.listdir(tmp_path) == ["n.npz"]
-
-
 def test_the_class_needs_its_file_and_numpy_alone(tmp_path):
     shutil.copy(ngram.__file__, tmp_path)
     code = ("import sys, ngram; p = ngram.NGram(3).fit(b'a cat ' * 9).probs(b'a ca', [4]);"
@@ -509,53 +516,17 @@ def test_what_cannot_be_counted_is_refused(order, smoothing):
         ngram.NGram().fit(b"")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a text, a kept model, and what is wrong with some."""
-    here = tmp_path_factory.mktemp("ngram")
-    (here / "stories.txt").write_bytes(data.invent(50))
-    (here / "empty.txt").write_bytes(b"")
-    (here / "folder").mkdir()
-    result = script(os.path.join(HERE, "ngram.py"), "--data", "stories.txt", "--orders", 2, 6,
-                    "--save", "kept.npz", cwd=here)
-    assert result.returncode == 0 and "left out" in result.stdout, result.stderr
-    kept = bytearray((here / "kept.npz").read_bytes())
-    middle = len(kept) // 2
-    (here / "short.npz").write_bytes(kept[:middle])
-    kept[middle] ^= 1
-    (here / "damaged.npz").write_bytes(kept)
-    np.savez(here / "foreign.npz", x=np.zeros(3))
-    return here
+@pytest.mark.parametrize("option", ["--orders=0", "--orders=256", "--temperature=nan", "--sw"])
+def test_bad_options_of_ngram_get_one_line(option):
+    refused(script("ngram.py", option), option.split("=")[0])
 
 
-BAD_NGRAM = [
-    ("--data empty.txt", "empty.txt"), ("--load missing", "cannot load missing: No such file"),
-    ("--load empty.txt", "not what --save wrote"), ("--load folder", "cannot load folder"),
-    ("--load short.npz", "not what --save wrote"), ("--load damaged.npz", "not what --save wrote"),
-    ("--load foreign.npz", "not what --save wrote"),
-    ("--data stories.txt --orders 2 --save folder", "cannot write folder"),
-    ("--data stories.txt --orders 2 --save no/where", "cannot write no/where"),
-    ("--orders 0", "--orders"), ("--orders 256", "--orders"), ("--temperature -1", "--temperature"),
-    ("--temperature nan", "--temperature"), ("--seed -1", "--seed"), ("--sw", "--sw"),
-]
-
-
-@pytest.mark.parametrize("command, words", BAD_NGRAM)
-def test_bad_input_of_ngram_gets_one_line(place, command, words):
-    before = sorted(map(str, place.rglob("*")))
-    result = script(os.path.join(HERE, "ngram.py"), *command.split(), cwd=place)
-    assert result.returncode in (1, 2) and "Traceback" not in result.stderr, result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert "error: " in last and words in last
-    assert sorted(map(str, place.rglob("*"))) == before
-
-
-def test_any_prompt_is_continued(place):
+def test_any_prompt_is_continued(stories_file):
     def story(prompt):
-        command = ("--load", "kept.npz", "--prompt", prompt)
-        result = script(os.path.join(HERE, "ngram.py"), *command, cwd=place)
+        command = ("ngram.py", "--data", stories_file, "--orders", 6, "--prompt", prompt)
+        result = script(*command)
         assert result.returncode == 0, result.stderr
-        return result.stdout.partition("n-grams")[2].strip()
+        return result.stdout.partition("peak memory")[2].partition("\n\n")[2].strip()
 
     beginning = story("")
     assert beginning
@@ -1251,7 +1222,7 @@ def fused(tmp_path_factory, stories_file):
     result = script("tiny.py", "--steps", 150, "--data", stories_file, "--out", out, *NARROW)
     assert result.returncode == 0, result.stderr
     library = sample.Library(sample.parse_arguments(["--out", str(out)]))
-    text = library.text  # found through the run's recipe
+    text = library.text()  # found through the run's recipe
     model, _ = library.model(str(out))
     counting = ngram.NGram(5).fit(text.train)
     fusion = sample.Fusion(model, sample.Fusion.NAMES, counting, text.train[:20_000])
@@ -1304,21 +1275,21 @@ def test_generation_asks_the_heads_what_scoring_asked(fused):
 
 def test_cache_and_knn_vote_for_what_followed():
     """Checked by eye: the state is like that at position 2, where 12 (or 22) followed."""
-    hidden = torch.eye(8)[None] * 8
+    states = torch.eye(8)[None] * 8
     followed = torch.tensor([[10, 11, 12, 13, -1]])
-    net = torch.full((1, 256), 1 / 256)
-    moment = sample.Moment(net, hidden[:, 2], hidden[:, :5], followed, None)
+    even = torch.full((1, 256), 1 / 256)
+    moment = sample.Moment(even, states[:, 2], states[:, :5], followed, None)
     assert sample.cache_head(moment).argmax() == 12
     nothing = moment._replace(followed=torch.full((1, 5), -1))
-    assert torch.allclose(sample.cache_head(nothing), net)
-    p = sample.knn_head(moment, hidden[0, :5], torch.tensor([20, 21, 22, 22, 24]))
+    assert torch.allclose(sample.cache_head(nothing), even)
+    p = sample.knn_head(moment, states[0, :5], torch.tensor([20, 21, 22, 22, 24]))
     assert p.argmax() == 22 and p.sum() == pytest.approx(1)
     assert p[0, 99] == pytest.approx(0.01 / 256)
 
 
 def test_weights_are_learned_on_other_bytes_than_are_scored():
     for n, scored, held in ((1_000_000, 100_000, 300_000), (5_000, 2_500, 2_500)):
-        a, b = sample.score_and_held(np.arange(n))
+        a, b = sample.split_validation(np.arange(n))
         assert len(a) == scored == len(b) and a[0] == 0 and b[0] == held
 
 
@@ -1355,14 +1326,12 @@ Lily and Tom the dog played with the kite until the sun went down."""
     ("doubled", GOOD.replace("had a", "had had a").replace("time,", "time,,")),
     ("quotes_close", GOOD.replace('you,"', "you,")),
     ("names_return", GOOD.replace("Lily and Tom", "Mia and Ben")),
-    ("nouns_return", GOOD.replace("with the kite until", "until")),
-    ("same_word", GOOD.replace("She took the kite", "She and the kite took the kite")),
     ("repeated_4", GOOD + GOOD),
     ("copied_8", GOOD.replace("there was a", "there is a")),
     ("ends", GOOD * 3),
 ])
 def test_each_row_tells_good_from_broken(reference, row, broken):
-    function, better = next((f, better) for f, better in sample.ROWS.items() if f.__name__ == row)
+    function, better = next((f, better) for f, better in sample.ROWS if f.__name__ == row)
     good = function(GOOD, reference)
     bad = function(broken[: sample.LENGTH], reference)
     assert good != bad
@@ -1377,12 +1346,22 @@ def test_copied_8_is_the_share_that_stands_in_the_training_text():
     assert sample.copied_8("nine eight seven six five four three two one", ref) == 0
 
 
+def shuffled(stories):
+    """A control, fluent but without a thread: sentence i of story s comes from story s + i."""
+    split = [re.findall(r"[^.!?]+[.!?]+[\"']?\s*", story) or [story] for story in stories]
+    mixed = []
+    for s, own in enumerate(split):
+        others = [split[(s + i) % len(split)] for i in range(len(own))]
+        mixed.append("".join(other[i % len(other)] for i, other in enumerate(others)))
+    return mixed
+
+
 def test_rubric_passes_its_own_check():
     """Real stories lead wherever a row claims that more or less is better."""
     train, held = data.split(data.encode(data.invent(4000)))
     ref = sample.Reference(train)
     real = [story[: sample.LENGTH].decode() for story in data.split_stories(held)[:60]]
-    mixed = sample.shuffled(real)
+    mixed = shuffled(real)
     assert mixed != real and abs(len("".join(mixed)) / len("".join(real)) - 1) < 0.1
     counting = ngram.NGram(6).fit(train)
     counted = []
@@ -1392,7 +1371,7 @@ def test_rubric_passes_its_own_check():
     best = sample.rubric(real, ref)
     for stories in (mixed, counted):
         table = sample.rubric(stories, ref)
-        for row, better in sample.ROWS.items():
+        for row, better in sample.ROWS:
             lead = best[row.__name__][0] - table[row.__name__][0]
             assert better == "as real" or lead * {"more": 1, "less": -1}[better] > -1e-9, row
     lost, error = sample.rubric(mixed, ref)["names_return"]
@@ -1408,8 +1387,9 @@ def test_rubric_passes_its_own_check():
 def test_prompts_are_five_words_of_sixty_bytes_at_most(tmp_path, story, prompt):
     path = tmp_path / "stories.txt"
     path.write_bytes(b"\n<|endoftext|>\n".join([story] * 40))
-    library = sample.Library(sample.parse_arguments(["--data", str(path)]))
-    prompts, real = library.prompts(2)
+    options = ["--data", str(path), "--n", "2"]
+    library = sample.Library(sample.parse_arguments(options))
+    prompts, real = library.prompts()
     assert prompts == [prompt] * len(real) and 1 <= len(real) <= 2
 
 
@@ -1549,13 +1529,12 @@ def test_the_key_does_not_follow_a_redirect(endpoint):
 def test_texts_of_a_foreign_checkpoint_are_not_opened(stories_file, monkeypatch):
     library = sample.Library(sample.parse_arguments(["--out", "."]))
     recipe = {"data": [str(stories_file)], "valid": None, "megabytes": 100, "cache": "cache"}
-    monkeypatch.setattr(sample.os.path, "exists", lambda path: True)
     checkpoint = {"recipe": recipe, "made_here": False}
     monkeypatch.setattr(sample, "load_checkpoint", lambda *_: (None, checkpoint))
     with pytest.raises(data.Problem, match="name its text with --data"):
-        library.text
+        library.text()
     library.args.data = [str(stories_file)]
-    assert len(library.text.train) > 100_000
+    assert len(library.text().train) > 100_000
 
 
 def test_the_commands_of_sample(finished, tmp_path):
@@ -1592,7 +1571,7 @@ def test_length_counts_bytes_after_any_prompt(fused, capsys, prompt, shown):
 # ---- what users do wrong -------------------------------------------------------------------------
 
 BAD = [  # command, words of the one line that answers it
-    ("tiny.py --data missing.txt", ["cannot read missing.txt", "--data"]),
+    ("tiny.py --data missing.txt", ["cannot read missing.txt", "name another file"]),
     ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 513"]),
     ("tiny.py --minutes 0", ["--minutes"]), ("tiny.py --minutes nan", ["--minutes"]),
     ("tiny.py --steps 0", ["--steps"]), ("tiny.py --distill 1.5", ["--distill"]),
