@@ -49,8 +49,10 @@ class Textbook:
     """An n-gram model made of dictionaries. Slow and short; the tests hold NGram against it."""
 
     def __init__(self, text, order, smoothing, constants=None, left_out=None):
-        """Count text (bytes), all but the byte at position left_out. constants: for each order what
-        `smooth` needs; None: estimated from these counts."""
+        """Count text (bytes). constants: for each order what `smooth` needs; None: estimated.
+
+        left_out: a position whose byte is not counted. Asked about a byte of the text that it has
+        counted, a model recites. Leave that byte out, and it answers as for new text."""
         self.order = order
         self.smoothing = smoothing
         positions = [i for i in range(len(text)) if i != left_out]
@@ -113,9 +115,9 @@ def smooth(smoothing, count, different, constants):
         return count * constants[0], 0
     if smoothing == "witten-bell":  # "something new" has happened too (Witten & Bell 1991):
         return none, different  # once for each different follower
-    # Absolute discounting (Ney, Essen & Kneser 1994) and both Kneser-Neys: a constant. In new text
-    # an n-gram seen c times comes back not c times but about c - 0.75 times as often. Modified
-    # Kneser-Ney has three constants: for counts of 1, of 2, and of 3 or more.
+    # Absolute discounting (Ney, Essen & Kneser 1994) and both Kneser-Neys: a constant. In as much
+    # new text, an n-gram that was seen c times comes about c - 0.75 times. Modified Kneser-Ney has
+    # three constants: for counts of 1, of 2, and of 3 or more.
     return constants[np.minimum(count, 3)], 0
 
 
@@ -124,14 +126,14 @@ def discounts(smoothing, count):
 
     Estimated from how many n-grams were met once, twice, ... (Chen & Goodman 1999, equations 17
     and 26). Kept between 0.01, as new text must stay possible, and the count itself."""
-    if smoothing == "jelinek-mercer":  # a share of the count: a half, until `fit` learns it
+    if smoothing == "jelinek-mercer":  # a share of the count; the fast model learns a better one
         return np.full(4, 0.5)
-    n = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # n[c]: n-grams met c times
-    y = n[1] / max(1, n[1] + 2 * n[2])
+    met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # [c]: n-grams met c times
+    y = met[1] / max(1, met[1] + 2 * met[2])
     found = np.array([0, y, y, y])
     if smoothing == "modified-kneser-ney":
         for c in (1, 2, 3):
-            found[c] = c - (c + 1) * y * n[c + 1] / max(1, n[c])
+            found[c] = c - (c + 1) * y * met[c + 1] / max(1, met[c])
     return found.clip([0, 0.01, 0.01, 0.01], [0, 1, 2, 3])
 
 

@@ -50,7 +50,7 @@ from tiny import write_stories
 
 # ---- 1. Heads: several opinions about the next byte ----------------------------------------------
 
-# Each head turns a Moment into a full distribution (B, 256) whose rows sum to 1.
+# A head (not one of attention) turns a Moment into a full distribution, (B, 256), rows sum to 1.
 
 DATASTORE = 100_000  # bytes of the training text whose states are kept
 NEIGHBORS = 64  # entries of it that vote
@@ -63,7 +63,7 @@ class Moment(NamedTuple):
     transformer: torch.Tensor  # (B, 256) the transformer's probabilities
     state: torch.Tensor  # (B, C) the state that they were computed from
     past: torch.Tensor  # (B, P, C) the states at earlier bytes of the context
-    followed: torch.Tensor  # (B, P) int64, the byte that followed each of those, -1 for none
+    followed: torch.Tensor  # (B, P) int64, the byte after each of those, -1 if it may not be seen
     recent: np.ndarray  # (B, R) uint8, the last R bytes of the text, END before its beginning
 
 
@@ -167,7 +167,7 @@ class Fusion:
             yield Moment(
                 transformer=F.softmax(logits[scored], -1),
                 state=states[scored],
-                past=states.expand(len(t), -1, -1),  # without a copy
+                past=states.expand(len(t), -1, -1),  # here P is T; `followed` masks the rest
                 followed=torch.where(visible, target, -1),
                 recent=recent[at[scored].numpy()],
             ), target[scored]
@@ -185,7 +185,9 @@ class Fusion:
         return torch.cat(rows).double().numpy()
 
     def fit(self, text):
-        """Learn the weights by expectation maximisation. text: neither trained on nor scored."""
+        """Learn the weights on text that is neither trained on nor scored, by expectation
+        maximisation: a head's new weight is the share of the targets that probably came from it,
+        and so on until nothing changes."""
         self.weights = mixture_weights(self.target_probs(text, "weights"))
         return self
 
@@ -195,7 +197,7 @@ class Fusion:
         states (B, T, C): of the bytes just fed; ids (B, t): all bytes so far.
         """
         states = states.cpu()
-        new_context = states.shape[1] > 1 or ids.shape[1] == 1
+        new_context = states.shape[1] > 1 or ids.shape[1] == 1  # `generate` fed several bytes
         if not new_context:  # one byte more
             states = torch.cat((self.states, states), 1)
         self.states = states
@@ -208,7 +210,7 @@ class Fusion:
 
 def split_validation(valid):
     """-> the validation bytes that are scored, and as many others to learn the weights on"""
-    middle = min(300_000, len(valid) // 2)  # prompts come from the beginning, far from the others
+    middle = min(300_000, len(valid) // 2)  # prompts come from the first half: no weight sees them
     return valid[:middle][:100_000], valid[middle:][:100_000]
 
 
@@ -236,118 +238,11 @@ def context_gain(model, valid):
     return gain / (100 * len(stories))
 
 
-def show_scores(fusion, valid):
-    """Print the bits per byte of each head alone (transformer_bpb, ngram_bpb, ...) and of their
-    mixture (fused_bpb), then the transformer's context gain."""
-    scored, _ = split_validation(valid)
-    p = fusion.target_probs(scored, "scoring")
-    print(f"scored_bytes: {len(scored)}")
-    for name, alone in zip(fusion.heads, p.T):
-        print(f"{name}_bpb: {-np.log2(alone).mean():.4f}")
-    if len(fusion.heads) > 1:
-        print(f"fused_bpb: {-np.log2(p @ fusion.weights).mean():.4f}")
-        print(f"weights: {fusion.weights.round(3)}")
-    print(f"context_gain: {context_gain(fusion.model, valid):.4f}")
+# ---- 3. The rubric: what goes wrong, counted -----------------------------------------------------
+# Stories of different models are compared from the same prompts: the first five words of the same
+# validation stories. What goes wrong in them can be counted, row by row.
 
-
-# ---- 3. Stories of a run -------------------------------------------------------------------------
-
-STORIES = 40  # of each run, unless --n says otherwise
-LENGTH = 650  # bytes of each that are looked at
-SHORTEST = 200  # bytes of a validation story that lends its beginning as a prompt
-PROMPT_BYTES = 60  # that a prompt has at most
-
-
-class Library:
-    """Texts, models and stories. What takes long is read or made once, when it is first wanted."""
-
-    def __init__(self, args):
-        self.args = args
-
-    @functools.cache
-    def model(self, out):
-        """-> (GPT, checkpoint)"""
-        return load_checkpoint(out, pick_device(self.args.device))
-
-    @functools.cache
-    def text(self):
-        """The text named with --data, otherwise that which the run in --out was trained on."""
-        args = self.args
-        if args.data:
-            return data.text_from(args)
-        _, checkpoint = self.model(args.out)
-        recipe = checkpoint["recipe"]
-        if not checkpoint["made_here"]:  # a foreign file could name any file of this machine
-            if recipe["data"]:
-                raise Problem(f"the run in {args.out} was not made on this machine, so the texts "
-                              "that it names are not opened; name its text with --data")
-            recipe = recipe | {"cache": args.cache}
-        text = data.load(recipe["data"], recipe["valid"], recipe["megabytes"], recipe["cache"])
-        if args.valid:
-            text = text._replace(valid=data.read(args.valid, args.megabytes))
-        return text
-
-    @functools.cache
-    def ngram(self):
-        """Counting anew takes seconds; kept as a file it would need more room than the model."""
-        print("counting the n-gram model ...", file=sys.stderr, flush=True)
-        return NGram().fit(self.text().train)
-
-    def fusion(self, out, names):
-        """The run `out` with the heads `names`, and the weights learned. -> Fusion"""
-        for name in names:
-            if name not in Fusion.NAMES:
-                raise Problem(f"there is no head {name!r}; the heads are {', '.join(Fusion.NAMES)}")
-        model, _ = self.model(out)
-        if not names:
-            return Fusion(model, names)
-        ngram = None
-        if "ngram" in names:
-            ngram = self.ngram()
-        _, held_out = split_validation(self.text().valid)
-        return Fusion(model, names, ngram, self.text().train).fit(held_out)
-
-    def prompts(self):
-        """Beginnings of validation stories, and these stories. -> list of bytes, list of bytes"""
-        real = [story for story in split_stories(self.text().valid) if len(story) > SHORTEST]
-        real = real[: self.args.n or STORIES]
-        if not real:
-            raise Problem(f"the validation text has no story of more than {SHORTEST} bytes to take "
-                          f"a prompt from; put {data.SEPARATOR.decode()} between its stories, or "
-                          "name another with --data and --valid")
-        prompts = []
-        for story in real:
-            words = re.match(rb"(\s*\S+){1,5}", story)[0]
-            # Where there are no spaces a word may be a page; it ends at a whole character.
-            prompts.append(words[:PROMPT_BYTES].decode("utf-8", "ignore").encode())
-        return prompts, real
-
-    def stories(self, run):
-        """Stories of a RUN, from the same prompts as all runs', cut to LENGTH. -> list of str"""
-        args = self.args
-        if os.path.isfile(run):
-            stories = split_stories(data.read([run]))[: args.n or STORIES]
-        else:
-            prompts, stories = self.prompts()
-            if run == "ngram":
-                ngram = self.ngram()
-                stories = []
-                for seed, prompt in enumerate(tqdm(prompts, run, disable=None)):
-                    length = LENGTH - len(prompt)
-                    stories.append(ngram.generate(prompt, length, args.temperature, seed))
-            elif run != "real":
-                out, *names = run.split("+")
-                model, _ = self.model(out)
-                options = [args.temperature, args.top_p, args.seed]
-                if names:
-                    options.append(self.fusion(out, names))
-                stories = write_stories(model, prompts, LENGTH, *options)
-        if not stories:
-            raise Problem(f"{run} holds no stories; name another run")
-        return [story[:LENGTH].decode("utf-8", "ignore") for story in stories]
-
-
-# ---- 4. The rubric: what goes wrong, counted -----------------------------------------------------
+LENGTH = 650  # bytes of a story that are looked at
 
 WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 TOKEN = re.compile(rf"{WORD.pattern}|[^\sA-Za-z]+")  # a word, or marks and digits
@@ -461,8 +356,124 @@ def rubric(stories, ref):
     for row, _ in ROWS:
         values = [row(story, ref) for story in stories]
         values = np.array([value for value in values if value is not None] or [math.nan])
-        table[row.__name__] = values.mean(), values.std() / len(values) ** 0.5
+        table[row.__name__] = values.mean(), values.std() / max(1, len(values) - 1) ** 0.5
     return table
+
+
+# ==================================================================================================
+# You may stop reading here. What follows is what a program owes its users: the stories of a run, a
+# blind judge that can be interrupted, be it a person or a language model, and the options.
+# ==================================================================================================
+
+
+# ---- 4. Stories of a run, and the tables ---------------------------------------------------------
+
+STORIES = 40  # of each run, unless --n says otherwise
+SHORTEST = 200  # bytes of a validation story that lends its beginning as a prompt
+PROMPT_BYTES = 60  # that a prompt has at most
+
+
+class Library:
+    """Texts, models and stories. What takes long is read or made once, when it is first wanted."""
+
+    def __init__(self, args):
+        self.args = args
+
+    @functools.cache
+    def model(self, out):
+        """-> (GPT, checkpoint)"""
+        return load_checkpoint(out, pick_device(self.args.device))
+
+    @functools.cache
+    def text(self):
+        """The text named with --data, otherwise that which the run in --out was trained on."""
+        args = self.args
+        if args.data:
+            return data.text_from(args)
+        _, checkpoint = self.model(args.out)
+        recipe = checkpoint["recipe"]
+        if not checkpoint["made_here"]:  # a foreign file could name any file of this machine
+            if recipe["data"]:
+                raise Problem(f"the run in {args.out} was not made on this machine, so the texts "
+                              "that it names are not opened; name its text with --data")
+            recipe = recipe | {"cache": args.cache}
+        text = data.load(recipe["data"], recipe["valid"], recipe["megabytes"], recipe["cache"])
+        if args.valid:
+            text = text._replace(valid=data.read(args.valid, args.megabytes))
+        return text
+
+    @functools.cache
+    def ngram(self):
+        """Counting anew takes seconds; kept as a file it would need more room than the model."""
+        print("counting the n-gram model ...", file=sys.stderr, flush=True)
+        return NGram().fit(self.text().train)
+
+    def fusion(self, out, names):
+        """The run `out` with the heads `names`, and the weights learned. -> Fusion"""
+        for name in names:
+            if name not in Fusion.NAMES:
+                raise Problem(f"there is no head {name!r}; the heads are {', '.join(Fusion.NAMES)}")
+        model, _ = self.model(out)
+        if not names:
+            return Fusion(model, names)
+        ngram = None
+        if "ngram" in names:
+            ngram = self.ngram()
+        _, held_out = split_validation(self.text().valid)
+        return Fusion(model, names, ngram, self.text().train).fit(held_out)
+
+    def prompts(self):
+        """Beginnings of validation stories, and these stories. -> list of bytes, list of bytes"""
+        real = [story for story in split_stories(self.text().valid) if len(story) > SHORTEST]
+        real = real[: self.args.n or STORIES]
+        if not real:
+            raise Problem(f"the validation text has no story of more than {SHORTEST} bytes to take "
+                          f"a prompt from; put {data.SEPARATOR.decode()} between its stories, or "
+                          "name another with --data and --valid")
+        prompts = []
+        for story in real:
+            words = re.match(rb"(\s*\S+){1,5}", story)[0]
+            # Where there are no spaces a word may be a page; it ends at a whole character.
+            prompts.append(words[:PROMPT_BYTES].decode("utf-8", "ignore").encode())
+        return prompts, real
+
+    def stories(self, run):
+        """Stories of a RUN, from the same prompts as all runs', cut to LENGTH. -> list of str"""
+        args = self.args
+        if os.path.isfile(run):
+            stories = split_stories(data.read([run]))[: args.n or STORIES]
+        else:
+            prompts, stories = self.prompts()
+            if run == "ngram":
+                ngram = self.ngram()
+                stories = []
+                for seed, prompt in enumerate(tqdm(prompts, run, disable=None)):
+                    length = LENGTH - len(prompt)
+                    stories.append(ngram.generate(prompt, length, args.temperature, seed))
+            elif run != "real":
+                out, *names = run.split("+")
+                model, _ = self.model(out)
+                options = [args.temperature, args.top_p, args.seed]
+                if names:
+                    options.append(self.fusion(out, names))
+                stories = write_stories(model, prompts, LENGTH, *options)
+        if not stories:
+            raise Problem(f"{run} holds no stories; name another run")
+        return [story[:LENGTH].decode("utf-8", "ignore") for story in stories]
+
+
+def show_scores(fusion, valid):
+    """Print the bits per byte of each head alone (transformer_bpb, ngram_bpb, ...) and of their
+    mixture (fused_bpb), then the transformer's context gain."""
+    scored, _ = split_validation(valid)
+    p = fusion.target_probs(scored, "scoring")
+    print(f"scored_bytes: {len(scored)}")
+    for name, alone in zip(fusion.heads, p.T):
+        print(f"{name}_bpb: {-np.log2(alone).mean():.4f}")
+    if len(fusion.heads) > 1:
+        print(f"fused_bpb: {-np.log2(p @ fusion.weights).mean():.4f}")
+        print(f"weights: {fusion.weights.round(3)}")
+    print(f"context_gain: {context_gain(fusion.model, valid):.4f}")
 
 
 def show_rubric(library, runs):
@@ -481,12 +492,6 @@ def show_rubric(library, runs):
     print("\nWhat the rows catch, and what they cannot:")
     for row, _ in ROWS:
         print(f"  {row.__name__}: {' '.join(row.__doc__.split())}")
-
-
-# ==================================================================================================
-# You may stop reading here. What follows is what a program owes its users: a blind judge that can
-# be interrupted, be it a person or a language model on a server that fails, and the options.
-# ==================================================================================================
 
 
 # ---- 5. The judge: somebody who does not know which story is whose -------------------------------

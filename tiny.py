@@ -38,8 +38,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import END, Problem, add_arguments, lock, number, peak_memory, printable, run, save
-from data import text_from
+import data
+from data import END, Problem, add_arguments, lock, number, peak_memory, printable, save, text_from
 from ngram import NGram
 
 
@@ -74,10 +74,10 @@ class Attention(nn.Module):
     vector to the next place, one to compare. Here the keys of these heads are simply read one place
     further right, so that a byte is found by what stood before it:
 
-        text        ...  L    i    l    y   ...  L    i    ?
-        query                                         q     "i, in a word that begins with Li, ..."
-        key              0   k(L) k(i) k(l)           :
-                                   ^..................:     q is like k(i); the byte there is l
+        text         L    i    l    y   ...  L    i    ? (the next byte, not there yet)
+        query                                     q      "i, in a word that begins with Li, ..."
+        key          0   k(L) k(i) k(l)           :
+                              ^...................:      q is like k(i); the byte there is l
 
     The zero scores 0 with any query: it stands for "nothing looked alike". And what makes these
     heads' keys starts as a copy of what makes their queries, so that what looks alike is found from
@@ -109,14 +109,14 @@ class Attention(nn.Module):
         k = rotate(norm(k), cos, sin)
         k = F.pad(k, (0, 0, 1, 0))  # (B, H, 1 + T, D): key t is in row t + 1, row 0 is a zero
         if kv is not None:
-            kv[0, :, :, P + 1 : P + T + 1] = k[:, :, 1:]
+            kv[0, :, :, P + 1 : P + T + 1] = k[:, :, 1:]  # row 0 stays 0
             kv[1, :, :, P : P + T] = v
             k = kv[0, :, :, : P + T + 1]
             v = kv[1, :, :, : P + T]
-        n = self.ordinary
+        n = self.ordinary  # k[1:] puts each key beside its own value, k[:-1] the key before it
         y = torch.cat((
             self.attend(q[:, :n], k[:, :n, 1:], v[:, :n]),
-            self.attend(q[:, n:], k[:, n:, :-1], v[:, n:]),  # the key before each value
+            self.attend(q[:, n:], k[:, n:, :-1], v[:, n:]),
         ), 1)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -141,7 +141,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: look around, then think. Norms in front (pre-norm), both parts added to x."""
+    """One layer: look around, then think. Each part is added to x (residual connection), so that
+    a layer only has to say what changes, and gradients find a straight way through."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -163,7 +164,7 @@ class Block(nn.Module):
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes; four more kinds are about words
 KINDS = len(GRAMS) + 4
 ODD = 6364136223846793005  # (Knuth's MMIX) to multiply by an odd number modulo 2^64 loses nothing
-INVERSE = pow(ODD, -1, 2**64) - 2**64  # ODD * INVERSE = 1 modulo 2^64; below 2^63 as int64 wants it
+INVERSE = pow(ODD, -1, 2**64) - 2**64  # ODD * INVERSE = 1 modulo 2^64; as a signed int64
 COUNTER_BITS = 24  # of a context's hash: by these it is counted
 
 
@@ -175,25 +176,27 @@ def is_letter(ids):
 
 
 def contexts(ids, T):
-    """Hash the contexts that each of the last T bytes completes.
+    """Hash the contexts that each of the last T bytes completes: ids (B, t) -> (B, T, K), int64.
 
-    ids (B, t) int64 -> (B, T, K) int64. The hash of bytes a..b-1 is the sum of (byte_j + 1) *
+    (You may skip how. It gives one number for each position and kind of context, which is equal
+    where the contexts are equal.) The hash of bytes a..b-1 is the sum of (byte_j + 1) *
     ODD^(j-a), modulo 2^64 as int64 wraps around. With the running sum S[i] of (byte_j + 1) * ODD^j
     over all j < i it is (S[b] - S[a]) / ODD^a, and dividing is multiplying by INVERSE^a. So
     contexts of any length, words too, are hashed at every position without a loop.
 
     `gap` holds the last position up to i that is no letter, `end` the last that is one:
 
-        i       0  1  2  3  4  5  6  7    From i = 7 backwards: the word so far stands behind
+        i       0  1  2  3  4  5  6  7    From i = 7 backwards: the word so far begins after
         byte       s  h  e     w  e  n    gap[7] = 4; the word before it ends at end[4] = 3 and
-        gap     0  0  0  0  4  4  4  4    stands behind gap[3] = 0.
+        gap     0  0  0  0  4  4  4  4    begins after gap[3] = 0.
         end     0  1  2  3  3  5  6  7
     """
     text = F.pad(ids, (max(GRAMS), 0), value=END)  # (B, L): a story begins after a few ENDs
     B, L = text.shape
     position = torch.arange(L, device=ids.device)
-    power = torch.full_like(position, ODD).cumprod(0)  # ODD^1, ODD^2, ...
-    inverse = torch.full((L + 1,), INVERSE, device=ids.device).cumprod(0)  # from ^1 on, as above
+    # power[j] is ODD^(j+1) and inverse[a] is INVERSE^(a+1): the extra factors cancel.
+    power = torch.full_like(position, ODD).cumprod(0)
+    inverse = torch.full((L + 1,), INVERSE, device=ids.device).cumprod(0)
     S = F.pad(((text + 1) * power).cumsum(1), (1, 0))  # (B, L + 1)
     letter = is_letter(text)
     gap = torch.where(letter, 0, position).cummax(1).values
@@ -230,9 +233,10 @@ class Memory(nn.Module):
     counts at how many steps of the first epoch each context stood, and uses its row, to look it up
     and to learn it, only where the context was seen elsewhere:
 
-        first epoch     counted at least 1 time: at an earlier step
-        later epochs    at least 3 times: one is this very place, and two were others
-        not training    at least 1 time
+        first epoch     counted at least once: at an earlier step
+        later epochs    at least 3 times: one is this very place, so two were others. (One other
+                        would do in principle; two were better. Nothing is counted any more.)
+        not training    at least once
 
     Rare contexts, which are most, do not fill the table either (McMahan et al. 2013).
 
@@ -269,7 +273,7 @@ class Memory(nn.Module):
         row = counter >> self.shift
         out = F.embedding_bag(row, self.table, mode="sum", per_sample_weights=known)
         if training:
-            out.requires_grad_()  # a leaf: `backward` ends here and leaves its gradient in out.grad
+            out.requires_grad_()  # here `backward` stops, and leaves the gradient in out.grad
             self.used = counter, known, out
         return out
 
@@ -300,7 +304,11 @@ def all_processes(x):
 
 
 class GPT(nn.Module):
-    """A byte-level GPT with a memory. rows: of the memory, a power of 2."""
+    """A byte-level GPT with a memory. rows: of the memory, a power of 2.
+
+    With these sizes it has 160,000 weights, and 50 million numbers in the memory, of which each
+    position looks up K rows.
+    """
 
     def __init__(self, layers=1, heads=2, width=96, context=512, rows=2**19):
         super().__init__()
@@ -318,23 +326,24 @@ class GPT(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, ids, cache=None):
-        """ids (B, T) int64 -> logits (B, T, 256) float32 in nats for the byte after each one, and
-        the states (B, T, C) that they were read from.
+        """ids (B, T) int64 -> logits (B, T, 256) float32 for the byte after each one, and the
+        states (B, T, C) that they were computed from.
 
         cache: None, or what new_cache returned, so that a text can be fed piece by piece, each byte
         once: first any number of bytes, then one at a time. Raises ValueError for anything else,
         and where more than `context` bytes come together.
         """
         ids = ids.to(self.cos.device)
+        B, T = ids.shape
         P = 0
         seen = ids
         if cache is not None:
             P = cache["ids"].shape[1]
             seen = torch.cat((cache["ids"], ids), 1)  # (B, P + T)
-            cache["ids"] = seen
-        B, T = ids.shape
         if P + T > self.context or P and T > 1:
             raise ValueError(f"{T} bytes after {P} do not fit the context of {self.context}")
+        if cache is not None:
+            cache["ids"] = seen
         hashes = contexts(seen, T).flatten(0, 1)  # (B T, K)
         x = norm(self.byte(ids) + self.memory(hashes).view(B, T, -1))  # (B, T, C)
         for i, block in enumerate(self.blocks):
@@ -384,7 +393,7 @@ def generate(model, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=No
 
     Each byte is fed once. When the context is full, its second half is fed again as a new one: a
     byte then costs twice as much on average, however long the text, and sees between half a context
-    and a whole one, as in `evaluate`.
+    and a whole one.
     """
     shortest = min(map(len, prompts))
     ids = torch.tensor([[END, *prompt[:shortest]] for prompt in prompts])  # (B, t)
@@ -394,7 +403,7 @@ def generate(model, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=No
             cache = model.new_cache(len(prompts))
             new = ids
             if ids.shape[1] > model.context:
-                new = ids[:, -model.context // 2 :]
+                new = ids[:, -model.context // 2 :]  # the byte just drawn included
         logits, states = model(new, cache)
         logits = logits[:, -1].cpu()  # (B, 256)
         if fuse is not None:
@@ -417,8 +426,8 @@ def write_stories(model, prompts, length=1000, temperature=0.45, top_p=1.0, seed
     stories = [bytearray(prompt[: min(map(len, prompts))]) for prompt in prompts]
     going = [True] * len(prompts)
     generator = torch.Generator().manual_seed(seed)
-    for step in generate(model, prompts, temperature, top_p, generator, fuse):
-        for b, byte in enumerate(step):
+    for drawn in generate(model, prompts, temperature, top_p, generator, fuse):
+        for b, byte in enumerate(drawn):
             if byte == END or len(stories[b]) >= length:
                 going[b] = False
             if going[b]:
@@ -461,7 +470,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x):
-    """Push all singular values of a matrix towards 1 with five Newton-Schulz steps. (r, c) float32
+    """Push all singular values of a matrix x (r, c) towards 1 with five Newton-Schulz steps.
 
     x -> a x + b (x x') x + c (x x')^2 x leaves the singular vectors alone and sends each singular
     value s to a s + b s^3 + c s^5. The coefficients are Jordan's.
@@ -481,7 +490,7 @@ def orthogonalize(x):
 # ---- 4. What is trained on, and how it is judged -------------------------------------------------
 
 EPOCHS = 2  # a run ends when it has read its text so often: then overfitting sets in
-LEAST = 250_000  # a text of fewer bytes is read more often, as far as one of this size would be
+LEAST = 250_000  # bytes; a shorter text is read more than twice: for as many steps as one of these
 
 
 class Batches:
@@ -531,10 +540,11 @@ class Batches:
 
 def distillation_loss(logits, target, teacher, weight):
     """(1 - weight) x cross-entropy to the target + weight x cross-entropy to the teacher's
-    distribution (Hinton et al. 2015). -> scalar, nats per byte
+    distribution (Hinton et al. 2015). -> scalar, nats per byte (a nat is 1 / ln 2 bits)
 
     One target says what came. The teacher's 256 probabilities say what else could have come and how
-    likely, so each position teaches more: as long as the student knows less than the teacher.
+    likely, so each position teaches more: as long as the student knows less than the teacher. It is
+    off unless --distill is given: with the memory that time is short (README).
     logits (N, 256) nats, target (N,) int64, teacher (N, 256) probabilities
     """
     hard = F.cross_entropy(logits, target)
@@ -594,9 +604,9 @@ def make_optimizers(model):
     return [muon, adam]
 
 
-def learning_rate(progress):
+def schedule(progress):
     """Full speed for half the budget, then down to 0 in a straight line. 0 <= progress <= 1 -> the
-    factor for every optimizer's peak rate."""
+    factor for every optimizer's peak learning rate."""
     return min(1.0, 2 * (1 - progress))
 
 
@@ -636,15 +646,16 @@ def train(args, start, before=None):
     args: the options; start: the second (time.monotonic) at which the budget begins; before: the
     model and the checkpoint to go on from (--resume).
     """
-    prepare_cpu()
+    prepare_cpu()  # two switches (section 8)
     device = pick_device(args.device)
     rank, world = join_processes(device)
     text = text_from(args, least=args.set.get("context", 512) + 1)
-    run = Run(args, text, rank, Clock(start + text.waited), before)
+    clock = Clock(start + text.waited)  # seconds of download do not count
+    run = Run(args, text, rank, clock, before)
     ngram = run.count_ngram()  # the first story, a baseline, and the teacher
     model = run.make_model(device)
     optimizers = make_optimizers(model)
-    setting = run.state["setting"]
+    setting = run.state["setting"]  # sizes, batch, rate: a line of SIZES (section 8)
     batches = Batches(text.train, setting["batch"], model.context, args.seed, ngram, rank, world)
     net = model
     if world > 1:
@@ -655,8 +666,8 @@ def train(args, start, before=None):
         step = run.state["step"]
         ids, teacher = batches.get(step, taught=progress < args.distill)
         model.memory.second_epoch = step >= batches.per_epoch
-        rate = setting["rate"] * learning_rate(progress)
-        loss = train_step(net, optimizers, ids, teacher, rate)
+        factor = setting["rate"] * schedule(progress)
+        loss = train_step(net, optimizers, ids, teacher, factor)
         run.count(loss)  # steps, the progress bar, NaN
         if run.time_to_look():
             run.look()  # evaluate, continue PROMPT
@@ -674,7 +685,7 @@ def train(args, start, before=None):
 # ---- 6. One run: its clock, looks, checkpoints, end ----------------------------------------------
 
 LOOKS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # progress at which to evaluate
-JUDGED = 300_000  # bytes of the validation text that the figures are about
+VALIDATED = 300_000  # bytes of the validation text that the figures are about
 SAVE_EVERY = 60.0  # seconds
 PATIENCE = 10  # NaN steps in a row after which training stops
 PAUSE = 10.0  # seconds without a tick: the process was stopped, or the laptop asleep
@@ -711,7 +722,7 @@ class Run:
     def __init__(self, args, text, rank, clock, before):
         self.args = args
         self.text = text
-        self.judged = text.valid[:JUDGED]
+        self.valid = text.valid[:VALIDATED]
         self.checksums = [zlib.crc32(text.train), zlib.crc32(text.valid)]
         self.rank = rank
         self.clock = clock
@@ -725,7 +736,7 @@ class Run:
         if before is not None:
             self.state = self.check(before[1]["training"])
         self.say(f"{text.source}: {len(text.train):,} bytes to learn from, "
-                 f"{len(self.judged):,} to be judged on")
+                 f"{len(self.valid):,} to validate on")
 
     def check(self, training):
         """Whether an interrupted run can go on: was it about this text? -> its state"""
@@ -754,7 +765,7 @@ class Run:
         if args.distill == 0:
             counted = counted[: int(3e6 * max(1, args.minutes))]
         ngram = NGram(args.order).fit(counted)
-        self.baseline = round(ngram.bits_per_byte(self.judged), 4)
+        self.baseline = round(ngram.bits_per_byte(self.valid), 4)
         self.say(f"\n{self.clock():6.1f} s  n-gram of order {args.order}, "
                  f"{len(counted) / 1e6:.0f} MB counted: {self.baseline:.3f} bits per byte")
         self.say(readable(ngram.generate(PROMPT, 300, 0.8, args.seed)))
@@ -860,7 +871,7 @@ class Run:
         state = self.state
         state["looks"] = sum(part <= state["progress"] for part in LOOKS)
         began = self.clock()
-        bpb = evaluate(self.model, self.judged, every=4)
+        bpb = evaluate(self.model, self.valid, every=4)
         evaluated = self.clock()
         story = write_stories(self.model, [PROMPT], 120, seed=self.args.seed)[0]
         # The end needs a whole evaluation, a story of 1,000 bytes and a second for the checkpoint.
@@ -872,7 +883,7 @@ class Run:
         self.bar.clear()
         self.say(f"{began:6.1f} s  step {state['step']:6,}  {bpb:.3f} bits per byte | {line}")
         row = dict(seconds=began, step=state["step"], bpb=bpb, train_bits=state["loss"],
-                   rate=learning_rate(state["progress"]))
+                   factor=schedule(state["progress"]))
         with suppressed("cannot write the log"):
             self.log.write(json.dumps(row).encode() + b"\n")
             self.log.flush()
@@ -914,7 +925,7 @@ class Run:
     def conclude(self):
         """Evaluate, save, tell a story. -> the closing figures, a dict"""
         state = self.state
-        bpb = evaluate(self.model, self.judged)
+        bpb = evaluate(self.model, self.valid)
         state["curve"].append((self.clock(), bpb))
         bytes_seen = state["step"] * self.batches.step_bytes
         facts = dict(val_bpb=round(bpb, 4), ngram_bpb=self.baseline, steps=state["step"],
@@ -954,8 +965,9 @@ def readable(story):
 
 
 def notice(words):
-    """Tell the user something on stderr."""
-    print(f"NOTICE: {words}", file=sys.stderr, flush=True)
+    """Tell the user something on stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(f"NOTICE: {words}", file=sys.stderr, flush=True)
 
 
 def mute(descriptor):
@@ -965,7 +977,7 @@ def mute(descriptor):
 
 @contextlib.contextmanager
 def suppressed(words):
-    """What cannot be written, because the disk is full, is told and does not stop the training."""
+    """A file that cannot be written, as the disk is full, is reported and stops no training."""
     try:
         yield
     except (OSError, Problem) as problem:
@@ -973,10 +985,13 @@ def suppressed(words):
 
 
 def picture(curve):
-    """The learning curve, [(seconds, bpb), ...], as a bar a line -> str"""
-    unit = 60 / max(bpb for _, bpb in curve)
-    lines = [f"{seconds:6.0f} s  {bpb:.3f}  {'=' * round(unit * bpb)}" for seconds, bpb in curve]
-    return "\n".join(["bits per byte", *lines])
+    """The learning curve, [(seconds, bpb), ...], as a bar a line, logarithmic. -> str"""
+    low = min(bpb for _, bpb in curve)
+    lines = ["bits per byte"]
+    for seconds, bpb in curve:
+        bar = "=" * round(1 + 25 * math.log(bpb / low))
+        lines.append(f"{seconds:6.0f} s  {bpb:.3f}  {bar}")
+    return "\n".join(lines)
 
 
 # ---- 7. The folder of a run and its checkpoint ---------------------------------------------------
@@ -1261,6 +1276,8 @@ def main(argv=None, start=None):
         start = time.monotonic()
     args, before = parse_arguments(argv)
     if args.seeds or args.sweep:
+        if "RANK" in os.environ:
+            raise Problem("--seeds and --sweep run in one process: start them without torchrun")
         return several(args)
     try:
         train(args, start, before)
@@ -1275,4 +1292,4 @@ def main(argv=None, start=None):
 
 
 if __name__ == "__main__":
-    run(lambda: main(start=START))
+    data.run(lambda: main(start=START))
