@@ -133,7 +133,8 @@ def discounts(smoothing, count):
     found = np.array([0, y, y, y])
     if smoothing == "modified-kneser-ney":
         for c in (1, 2, 3):
-            found[c] = c - (c + 1) * y * met[c + 1] / max(1, met[c])
+            once_more = (c + 1) * met[c + 1] / max(1, met[c])
+            found[c] = c - y * once_more
     return found.clip([0, 0.01, 0.01, 0.01], [0, 1, 2, 3])
 
 
@@ -437,7 +438,8 @@ class NGram:
         bits = 0.0
         for a in range(0, len(positions), SLICE):
             some = positions[a : a + SLICE]
-            p = self.probs(data, some, leave_one_out)[np.arange(len(some)), data[some]]
+            p = self.probs(data, some, leave_one_out)
+            p = p[np.arange(len(some)), data[some]]
             with np.errstate(divide="ignore"):  # maximum likelihood: infinite, as it should be
                 bits -= np.log2(p, dtype=np.float64).sum()
         return float(bits / max(1, len(positions)))
@@ -513,8 +515,10 @@ def main():
         epilog="example: python ngram.py --data stories.txt --orders 2 4 8 12",
         usage="python ngram.py [options]", allow_abbrev=False)
     add = parser.add_argument
-    add("--orders", type=number(int, 1, LONGEST), nargs="+", default=[1, 2, 3, 4, 6, 8, 12],
-        metavar="N", help="(default: 1 2 3 4 6 8 12)")
+    usual = [1, 2, 3, 4, 6, 8, 12]
+    order = number(int, 1, LONGEST)
+    add("--orders", type=order, nargs="+", default=usual, metavar="N",
+        help="(default: 1 2 3 4 6 8 12)")
     add("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], help="(default: %(default)s)")
     add("--sweep", action="store_true", help=f"{len(SWEEP)} models of all kinds instead")
     add("--prompt", default="Once upon a time", help="begins the story (default: %(default)s)")

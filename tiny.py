@@ -391,9 +391,8 @@ def generate(model, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=No
     256), states (B, T, C) of the bytes just fed, ids (B, t) all so far) -> p, that may change the
     probabilities (sample.py).
 
-    Each byte is fed once. When the context is full, its second half is fed again as a new one: a
-    byte then costs twice as much on average, however long the text, and sees between half a context
-    and a whole one.
+    Each byte is fed once. When the context is full, its last three quarters are fed again as a new
+    one, so that every byte sees at least so much, however long the text.
     """
     shortest = min(map(len, prompts))
     ids = torch.tensor([[END, *prompt[:shortest]] for prompt in prompts])  # (B, t)
@@ -403,7 +402,7 @@ def generate(model, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=No
             cache = model.new_cache(len(prompts))
             new = ids
             if ids.shape[1] > model.context:
-                new = ids[:, -model.context // 2 :]  # the byte just drawn included
+                new = ids[:, -3 * model.context // 4 :]  # the byte just drawn included
         logits, states = model(new, cache)
         logits = logits[:, -1].cpu()  # (B, 256)
         if fuse is not None:
