@@ -823,8 +823,8 @@ class Run:
     def progress(self):
         """The part of the run that is over; 1 ends it.
 
-        It is what the clock says, or the epochs where they end sooner. But it grows by no more than
-        0.05 a step: whatever has held up the run, the learning rate falls to 0.
+        It is what the clock says, or the epochs where they end sooner. It never falls, and it grows
+        by no more than 0.05 a step: whatever has held up the run, the learning rate falls to 0.
         """
         state = self.state
         if self.args.steps:
@@ -833,7 +833,7 @@ class Run:
             seconds = 60 * self.args.minutes - state["reserve"]
             progress = max(self.clock() / seconds, state["step"] / self.batches.last_step)
             if state["step"] > 0:
-                progress = min(progress, state["progress"] + 0.05)
+                progress = np.clip(progress, state["progress"], state["progress"] + 0.05).item()
         state["progress"], self.stopped = agree(progress, self.signal is not None)
         if self.stopped:
             return 1.0
@@ -876,7 +876,7 @@ class Run:
         # The end needs a whole evaluation, a story of 1,000 bytes and a second for the checkpoint.
         # (Of a very short budget it gets a quarter, whatever it needs.)
         needed = 4 * (evaluated - began) + 12 * (self.clock() - evaluated) + 1
-        state["reserve"] = max(state["reserve"], min(needed, 15 * self.args.minutes))
+        state["reserve"] = min(needed, 15 * self.args.minutes)
         state["curve"].append((began, bpb))
         line = readable(story).replace("\n", " ")
         self.bar.clear()
@@ -889,12 +889,14 @@ class Run:
         state["looked"] += self.clock() - began
 
     def time_to_save(self):
-        return self.rank == 0 and time.monotonic() - self.saved > SAVE_EVERY
+        return time.monotonic() - self.saved > SAVE_EVERY
 
     def save(self):
         """Save the state of the training, so that --resume can go on from here. A full disk is no
         reason to stop: the model is in memory, and there may be room again by the end."""
         self.saved = time.monotonic()
+        if self.rank > 0:
+            return
         training = dict(state=self.state, spent=self.clock(), checksums=self.checksums,
                         random=torch.get_rng_state(), squares=self.model.memory.squares,
                         optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
@@ -1232,13 +1234,16 @@ def parse_arguments(argv=None):
 def resumed(args, parser, argv):
     """The run's own options; where its text lies, and what computes, may be given anew."""
     model, checkpoint = load_checkpoint(args.resume)
+    recipe = dict(checkpoint["recipe"])
+    if not checkpoint["made_here"]:  # then no file that it names is opened
+        if recipe["data"] and not args.data:
+            raise Problem(f"the run in {args.resume} was made elsewhere; name its text with --data")
+        recipe |= {"valid": args.valid, "cache": args.cache}
     parser.set_defaults(**dict.fromkeys(vars(args)))
     given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x is not None}
     for name in given.keys() - {"resume", "data", "valid", "cache", "device"}:
         parser.error(f"--resume goes on with the run's own options: leave out --{name}")
-    if not checkpoint["made_here"] and checkpoint["recipe"]["data"] and not args.data:
-        raise Problem(f"the run in {args.resume} was made elsewhere; name its text with --data")
-    options = checkpoint["recipe"] | given | {"out": args.resume}
+    options = recipe | given | {"out": args.resume}
     return argparse.Namespace(**options), (model, checkpoint)
 
 
