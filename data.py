@@ -74,6 +74,8 @@ class Problem(Exception):
 
 def run(main):
     """Call main(). What a user can mend becomes one line on stderr and exit code 1."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed: >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # `?` for what the terminal's encoding lacks
     try:
         main()
@@ -92,8 +94,10 @@ def read(paths, megabytes=math.inf):
     for path in paths:
         try:
             with open(path, "rb") as file:  # binary: no encoding to get wrong
-                large = os.fstat(file.fileno()).st_size > 1e6 * megabytes
-                content = file.read(int(1e6 * megabytes) if large else -1)
+                limit = int(min(1e6 * megabytes, sys.maxsize - 1))
+                content = file.read(limit + 1) if limit < 1e12 else file.read()
+                large = len(content) > limit
+                content = content[:limit]
         except OSError as error:
             raise Problem(f"cannot read {path}: {error.strerror}; name another file") from None
         head = content[:100_000]
@@ -378,7 +382,8 @@ def main():
     print(f"source: {text.source}")
     for name, array in [("train", text.train), ("valid", text.valid)]:
         print(f"{name}: {len(array):,} bytes, {len(split_stories(array)):,} stories")
-    print("\n" + printable(split_stories(text.valid)[0].decode("utf-8", "replace")))
+    first = b"".join(split_stories(text.valid)[:1])
+    print("\n" + printable(first.decode("utf-8", "replace")))
 
 
 if __name__ == "__main__":

@@ -316,6 +316,13 @@ def test_main_shows_the_text_on_any_terminal(tmp_path):
     assert result.returncode == 0 and "chat ? ?" in result.stdout
 
 
+def test_a_closed_stdout_is_no_traceback(tmp_path):
+    (tmp_path / "x.txt").write_bytes(data.invent(20))
+    command = f"{sys.executable} data.py --data {tmp_path / 'x.txt'} >&-"
+    result = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_a_reader_that_goes_away_ends_a_script_quietly():
     command = [sys.executable, "-c", "import data; data.run(lambda: print('x' * 1_000_000))"]
     process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -949,10 +956,25 @@ def test_nan_gradients_are_skipped_and_counted(tiny_runs, monkeypatch, tmp_path,
 @pytest.mark.parametrize("options, words", [
     (["--minutes", 1e-6], "not a single step"),
     (["--steps", 8, "--set", "rate=1e5"], "diverged"),
+    (["--steps", 9, "--set", "rate=1e20"], "diverged"),
 ])
 def test_figures_that_mean_nothing_are_said_to(tiny_runs, capsys, options, words):
     tiny_runs("a", "--order", 0, *options)
     assert words in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_end_costs_no_figures(tiny_runs, monkeypatch, capsys):
+    def full(*_):
+        raise data.Problem("cannot write model.pt: No space left on device")
+
+    monkeypatch.setattr(tiny, "save", full)
+    with pytest.raises(data.Problem, match="No space left"):
+        tiny_runs("a", "--steps", 3)
+    assert "val_bpb: " in capsys.readouterr().out
+    stop_at(monkeypatch, 2, signal.SIGINT)
+    with pytest.raises(SystemExit):
+        tiny_runs("b", "--steps", 9)
+    assert "all is saved" not in capsys.readouterr().out
 
 
 def test_a_full_disk_in_the_middle_stops_nothing(tiny_runs, monkeypatch, capsys):
@@ -973,6 +995,7 @@ def test_a_full_disk_in_the_middle_stops_nothing(tiny_runs, monkeypatch, capsys)
 @slow
 def test_a_closed_terminal_is_survived(tmp_path, stories_file):
     """As `| head -2`: the reader goes away, the training does not. SIGHUP ends it like SIGTERM."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
     command = [sys.executable, "tiny.py", "--data", stories_file, *SMALL, "--out", tmp_path / "a"]
     command = [str(x) for x in (*command, "--steps", 60)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=HERE) as run:
@@ -1094,6 +1117,8 @@ def test_seeds_and_sweep(tmp_path, stories_file):
     bpb = [float(row.split("\t")[0]) for row in rows]
     assert f"2 runs: {np.mean(bpb):.4f} ± {np.std(bpb, ddof=1):.4f}" in result.stdout
     assert (tmp_path / "seeds" / "2" / "model.pt").exists()
+    recipe = tiny.load_checkpoint(tmp_path / "seeds" / "2")[1]["recipe"]
+    assert recipe["seeds"] is None and recipe["seed"] == 2  # --resume goes on with this run alone
     result = script(*command, "--sweep", 2, "--out", "sweep", cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.count("'width'") == 2, result.stderr
 

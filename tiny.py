@@ -404,7 +404,7 @@ def generate(model, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=No
             if ids.shape[1] > model.context:
                 new = ids[:, -3 * model.context // 4 :]  # the byte just drawn included
         logits, states = model(new, cache)
-        logits = logits[:, -1].cpu()  # (B, 256)
+        logits = logits[:, -1].cpu().nan_to_num()  # (B, 256); NaN if training diverged
         if fuse is not None:
             logits = fuse(F.softmax(logits, -1), states, ids).clamp(min=1e-30).log()
         byte = choose(logits, temperature, top_p, generator)  # (B,)
@@ -645,11 +645,12 @@ def train(args, start, before=None):
     args: the options; start: the second (time.monotonic) at which the budget begins; before: the
     model and the checkpoint to go on from (--resume).
     """
+    clock = Clock(start)
     prepare_cpu()  # two switches (section 8)
     device = pick_device(args.device)
     rank, world = join_processes(device)
     text = text_from(args, least=args.set.get("context", 512) + 1)
-    clock = Clock(start + text.waited)  # seconds of download do not count
+    clock.start += text.waited  # seconds of download do not count
     run = Run(args, text, rank, clock, before)
     ngram = run.count_ngram()  # the first story, a baseline, and the teacher
     model = run.make_model(device)
@@ -893,33 +894,35 @@ class Run:
 
     def save(self):
         """Save the state of the training, so that --resume can go on from here. A full disk is no
-        reason to stop: the model is in memory, and there may be room again by the end."""
+        reason to stop: there may be room again by the end. -> whether it is saved"""
         self.saved = time.monotonic()
         if self.rank > 0:
-            return
+            return False
         training = dict(state=self.state, spent=self.clock(), checksums=self.checksums,
                         random=torch.get_rng_state(), squares=self.model.memory.squares,
                         optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
         with suppressed("no checkpoint was written"):
             save_checkpoint(self.args, self.model, {}, training)
+            return True
+        return False
 
     def finish(self):
         """The end: --resume, or the closing figures. -> the figures, a dict"""
         self.bar.close()
         if self.rank > 0:
             return {}
-        self.log.close()
         out = shlex.quote(self.args.out)
-        if self.stopped:
-            self.save()
+        facts = {}
+        if not self.stopped:
+            facts = self.conclude()
+            self.say(f"\nmore stories: python sample.py --out {out}")
+        elif self.save():
             self.say(f"\ninterrupted after {self.state['step']:,} steps; all is saved in {out}\n"
                      f"go on: python tiny.py --resume {out}")
-        else:
-            facts = self.conclude()
-        self.say(f"read stories: python sample.py --out {out}")
+        self.log.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.stopped:
+        if self.stopped or self.signal is not None:
             sys.exit(128 + (self.signal or signal.SIGTERM))
         return facts
 
@@ -932,7 +935,11 @@ class Run:
         facts = dict(val_bpb=round(bpb, 4), ngram_bpb=self.baseline, steps=state["step"],
                      bytes_seen=bytes_seen, skipped_steps=state["skipped"], seed=self.args.seed,
                      parameters=self.parameters, device=str(self.model.cos.device))
-        save_checkpoint(self.args, self.model, facts)
+        failure = None
+        try:
+            save_checkpoint(self.args, self.model, facts)
+        except Problem as problem:
+            failure = problem  # first the figures
         story = write_stories(self.model, [b"Once upon a time"], 1000, seed=self.args.seed)[0]
         self.say(f"\n{picture(state['curve'])}\n\n{readable(story)}\n")
         facts["peak_memory_mb"] = round(peak_memory() / 1e6)
@@ -940,6 +947,8 @@ class Run:
         for name, value in facts.items():
             self.say(f"{name}: {value}")
         self.warn(bpb, bytes_seen / len(self.text.train))
+        if failure is not None:
+            raise failure
         return facts
 
     def warn(self, bpb, epochs):
@@ -956,8 +965,9 @@ class Run:
 
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # a closed terminal; Windows has no such signal
-    STOP_SIGNALS.append(signal.SIGHUP)
+if hasattr(signal, "SIGHUP"):  # a closed terminal; Windows has no such signal, nohup ignores it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        STOP_SIGNALS.append(signal.SIGHUP)
 
 
 def readable(story):
@@ -987,10 +997,12 @@ def suppressed(words):
 
 def picture(curve):
     """The learning curve, [(seconds, bpb), ...], as a bar a line, logarithmic. -> str"""
-    low = min(bpb for _, bpb in curve)
+    low = min((bpb for _, bpb in curve if bpb < 99), default=1)
     lines = ["bits per byte"]
     for seconds, bpb in curve:
-        bar = "=" * round(1 + 25 * math.log(bpb / low))
+        bar = "?"  # NaN
+        if bpb < 99:
+            bar = "=" * round(1 + 25 * math.log(bpb / low))
         lines.append(f"{seconds:6.0f} s  {bpb:.3f}  {bar}")
     return "\n".join(lines)
 
@@ -1030,8 +1042,12 @@ def save_checkpoint(args, model, facts, training=None):
         weights["memory.table"] = weights["memory.table"].half()
     # The folder's number in its file system stays when it is moved and is another for whoever gets
     # a copy: files that the recipe names are opened only where the run was made.
+    folder = None
+    with contextlib.suppress(OSError):  # `save` says what is wrong, if anything
+        os.makedirs(args.out, exist_ok=True)
+        folder = os.stat(args.out).st_ino
     content = dict(version=VERSION, config=model.config, weights=weights, facts=facts,
-                   recipe=vars(args), training=training, folder=os.stat(args.out).st_ino)
+                   recipe=vars(args), training=training, folder=folder)
     buffer = io.BytesIO()
     torch.save(content, buffer)
     save(os.path.join(args.out, "model.pt"), buffer.getbuffer())
@@ -1200,7 +1216,7 @@ def parse_arguments(argv=None):
         description="Train a byte-level language model on stories against the clock.",
         epilog="example: python tiny.py --minutes 5 --data stories.txt --out run1")
     add = parser.add_argument
-    add("--minutes", type=number(float, 0, above=True), default=5.0, metavar="M",
+    add("--minutes", type=number(float, 0, 1e6, above=True), default=5.0, metavar="M",
         help="for everything but downloads (default: 5)")
     add("--steps", type=number(int, 1), metavar="N", help="so many instead, exactly repeatable")
     add("--distill", type=number(float, 0, 1), default=0.0, metavar="PART",
@@ -1211,7 +1227,7 @@ def parse_arguments(argv=None):
         help=f"of the model: {', '.join(SIZES)}; auto: by timing (default)")
     add("--set", type=override, nargs="+", default=[], metavar="NAME=N",
         help=f"change a size's {', '.join(SIZES['small'])}")
-    add("--seed", type=number(int, 0), default=1, metavar="N", help="(default: 1)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=1, metavar="N", help="(default: 1)")
     add("--seeds", type=number(int, 2), metavar="N", help="N runs, seeds 1 to N: how much is luck?")
     add("--sweep", type=number(int, 2), metavar="N", help="N runs of settings drawn at random")
     add("--resume", metavar="DIR", help="go on with an interrupted run, with its options")
@@ -1221,7 +1237,7 @@ def parse_arguments(argv=None):
     add_arguments(parser)
     args = parser.parse_args(argv)
     args.set = dict(args.set)
-    if args.resume:
+    if args.resume is not None:
         return resumed(args, parser, argv)
     if args.distill and not args.order:
         parser.error("--order 0 leaves no teacher: leave out --distill")
@@ -1263,7 +1279,8 @@ def several(args):
     scores = []
     lines = []
     for i, change in enumerate(changes, 1):
-        options = vars(args) | change | {"out": os.path.join(folder, str(i))}
+        one = {"out": os.path.join(folder, str(i)), "seeds": None, "sweep": None}
+        options = vars(args) | change | one
         facts = train(argparse.Namespace(**options), time.monotonic())
         scores.append(facts["val_bpb"])
         lines.append(f"{facts['val_bpb']}\t{facts['steps']} steps\t{change}")
