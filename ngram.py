@@ -8,8 +8,8 @@ bytes?" instead of "how often?". The one command:
 
 Terms (Chen & Goodman, "An empirical study of smoothing techniques for language modeling", 1999):
 an *n-gram* is n bytes in a row. Its last byte is the *follower* w, the n-1 bytes before it are the
-*context* h. A model's *order* is the longest n it uses. Axes of the arrays: N positions asked
-about, R of them whose context is known, E followers of those contexts.
+*context* h. A model's *order* is the longest n it uses. Axes of the arrays: E followers of a
+context; from section 3 on also N positions asked about, R of them with a context that is known.
 """
 import argparse
 import os
@@ -31,7 +31,7 @@ END = 0  # the byte between stories; no context reaches back beyond it
 #     p_n(w | h) = (c(h w) - discount) / denominator  +  handed / denominator * p_{n-1}(w | h')
 #
 #     discount     what this count gives up
-#     added        pseudo-counts, for what has not been seen
+#     added        pseudo-counts, which p_{n-1} shares out among all bytes
 #     handed       what is handed down to the shorter context: all discounts after h, and added
 #     denominator  c(h) + added
 #     h'           h without its farthest byte; below order 1 stands the uniform p_0 = 1/256
@@ -125,7 +125,8 @@ def discounts(smoothing, count):
     """What counts of 0, 1, 2, and 3 or more give up. count: of all n-grams of an order. -> (4,)
 
     Estimated from how many n-grams were met once, twice, ... (Chen & Goodman 1999, equations 17
-    and 26). Kept between 0.01, as new text must stay possible, and the count itself."""
+    and 26). Kept between 0.01, as new text must stay possible, and the count itself.
+    (Jelinek-Mercer's is a share of the count, four times the same.)"""
     if smoothing == "jelinek-mercer":  # a share of the count; the fast model learns a better one
         return np.full(4, 0.5)
     met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # [c]: n-grams met c times

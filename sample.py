@@ -167,7 +167,7 @@ class Fusion:
             yield Moment(
                 transformer=F.softmax(logits[scored], -1),
                 state=states[scored],
-                past=states.expand(len(t), -1, -1),  # here P is T; `followed` masks the rest
+                past=states.expand(len(t), -1, -1),  # the whole window, masked by `followed`
                 followed=torch.where(visible, target, -1),
                 recent=recent[at[scored].numpy()],
             ), target[scored]
@@ -210,13 +210,13 @@ class Fusion:
 
 def split_validation(valid):
     """-> the validation bytes that are scored, and as many others to learn the weights on"""
-    middle = min(300_000, len(valid) // 2)  # prompts come from the first half: no weight sees them
+    middle = min(300_000, len(valid) // 2)  # prompts come from before it: no weight sees them
     return valid[:middle][:100_000], valid[middle:][:100_000]
 
 
 @torch.no_grad()
 def context_gain(model, valid):
-    """Bits per byte that a model makes of what lies further back than a sentence.
+    """Bits per byte that a model saves by knowing what stands more than 100 bytes back.
 
     For up to 400 stories: what bytes 400 to 500 cost after the first 300 bytes of *another* story,
     less what they cost after those of their own. The 100 bytes between are their own both times, so

@@ -79,9 +79,10 @@ class Attention(nn.Module):
         key          0   k(L) k(i) k(l)           :
                               ^...................:      q is like k(i); the byte there is l
 
-    The zero scores 0 with any query: it stands for "nothing looked alike". And what makes these
-    heads' keys starts as a copy of what makes their queries, so that what looks alike is found from
-    the first step on. This is how so small a model remembers whom a story is about.
+    The zero scores 0 with any query: it stands for "nothing looked alike" (what is found then is
+    the window's first byte). And what makes these heads' keys starts as a copy of what makes their
+    queries, so that what looks alike is found from the first step on. This is how so small a model
+    remembers whom a story is about.
     """
 
     def __init__(self, width, heads):
@@ -234,8 +235,8 @@ class Memory(nn.Module):
     and to learn it, only where the context was seen elsewhere:
 
         first epoch     counted at least once: at an earlier step
-        later epochs    at least 3 times: one is this very place, so two were others. (One other
-                        would do in principle; two were better. Nothing is counted any more.)
+        later epochs    at least 3 times (counting has stopped): one is this very place, so two
+                        were others. One other would do in principle; two were better.
         not training    at least once
 
     Rare contexts, which are most, do not fill the table either (McMahan et al. 2013).
@@ -391,8 +392,8 @@ def generate(model, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=No
     256), states (B, T, C) of the bytes just fed, ids (B, t) all so far) -> p, that may change the
     probabilities (sample.py).
 
-    Each byte is fed once. When the context is full, its last three quarters are fed again as a new
-    one, so that every byte sees at least so much, however long the text.
+    Each byte is fed once, until the context is full: then its last three quarters are fed again as
+    a new one, so that every byte sees at least so much, however long the text.
     """
     shortest = min(map(len, prompts))
     ids = torch.tensor([[END, *prompt[:shortest]] for prompt in prompts])  # (B, t)
@@ -489,7 +490,7 @@ def orthogonalize(x):
 # ---- 4. What is trained on, and how it is judged -------------------------------------------------
 
 EPOCHS = 2  # a run ends when it has read its text so often: then overfitting sets in
-LEAST = 250_000  # bytes; a shorter text is read more than twice: for as many steps as one of these
+LEAST = 250_000  # bytes; a shorter text gets the steps that two epochs of so much text would take
 
 
 class Batches:
