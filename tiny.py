@@ -376,10 +376,11 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     p = F.softmax(logits / temperature, -1, dtype=torch.float64)
-    p, byte = p.sort(-1, descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0  # likelier bytes have that much already
-    drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1)
-    return byte.gather(1, drawn)[:, 0]
+    if top_p < 1:
+        ordered, byte = p.sort(-1, descending=True)
+        enough = ordered.cumsum(-1) - ordered >= top_p  # likelier bytes have that much already
+        p = p.scatter(1, byte, ordered.masked_fill(enough, 0))
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
 @torch.inference_mode()
