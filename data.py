@@ -94,8 +94,9 @@ def read(paths, megabytes=math.inf):
     for path in paths:
         try:
             with open(path, "rb") as file:  # binary: no encoding to get wrong
-                limit = int(min(1e6 * megabytes, sys.maxsize - 1))
-                content = file.read(limit + 1) if limit < 1e12 else file.read()
+                size = os.fstat(file.fileno()).st_size or 1e9  # 0: a pipe, perhaps endless
+                limit = int(min(size, 1e6 * megabytes))
+                content = file.read(limit + 1)
                 large = len(content) > limit
                 content = content[:limit]
         except OSError as error:

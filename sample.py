@@ -45,7 +45,7 @@ import data
 from data import END, Problem, printable, split_stories
 from ngram import NGram, mixture_weights
 from tiny import evaluation_windows, generate, load_checkpoint, pick_device, prepare_cpu
-from tiny import write_stories
+from tiny import trusted_recipe, write_stories
 
 
 # ---- 1. Heads: several opinions about the next byte ----------------------------------------------
@@ -391,12 +391,7 @@ class Library:
         if args.data:
             return data.text_from(args)
         _, checkpoint = self.model(args.out)
-        recipe = checkpoint["recipe"]
-        if not checkpoint["made_here"]:  # a foreign file could name any file of this machine
-            if recipe["data"]:
-                raise Problem(f"the run in {args.out} was not made on this machine, so the texts "
-                              "that it names are not opened; name its text with --data")
-            recipe = recipe | {"cache": args.cache}
+        recipe = trusted_recipe(args.out, checkpoint, args)  # a foreign one could name any file
         text = data.load(recipe["data"], recipe["valid"], recipe["megabytes"], recipe["cache"])
         if args.valid:
             text = text._replace(valid=data.read(args.valid, args.megabytes))
@@ -432,9 +427,9 @@ class Library:
                           "name another with --data and --valid")
         prompts = []
         for story in real:
-            words = re.match(rb"(\s*\S+){1,5}", story)[0]
+            beginning = re.match(rb"(\s*\S+){1,5}", story)[0]
             # Where there are no spaces a word may be a page; it ends at a whole character.
-            prompts.append(words[:PROMPT_BYTES].decode("utf-8", "ignore").encode())
+            prompts.append(beginning[:PROMPT_BYTES].decode("utf-8", "ignore").encode())
         return prompts, real
 
     def stories(self, run):

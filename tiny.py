@@ -1087,7 +1087,7 @@ def load_checkpoint(out, device="cpu"):
 
 # How large a model, and how many bytes in a step? In a few minutes many small steps teach more than
 # few large ones, until they no longer fill the cores (README, "How large a model?"). rate: a factor
-# for all learning rates. from_steps: how many steps of the small size must fit the budget.
+# for all learning rates. FROM_STEPS: how many steps of the small size must fit the budget.
 SIZES = {
     "small": dict(layers=1, heads=2, width=96, context=512, batch=8, rate=1.0),
     "medium": dict(layers=1, heads=2, width=128, context=512, batch=8, rate=1.0),
@@ -1132,13 +1132,13 @@ def try_steps(setting, device):
 def pick_device(name):
     """'auto', 'cpu', 'cuda' or 'mps' -> torch.device. A GPU must compute what the CPU does, and
     where it was not asked for ('auto') be faster. Raises Problem if there is none."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     gpu = name
     if name == "auto":
-        gpu = next((gpu for gpu in there if there[gpu]), "cpu")
+        gpu = next((gpu for gpu in available if available[gpu]), "cpu")
     if gpu == "cpu":
         return torch.device("cpu")
-    if not there[gpu]:
+    if not available[gpu]:
         raise Problem(f"--device {gpu}: there is none here; use --device cpu, or leave it out")
     device = torch.device(gpu)
     if gpu == "cuda":
@@ -1249,14 +1249,20 @@ def parse_arguments(argv=None):
     return args, None
 
 
+def trusted_recipe(out, checkpoint, args):
+    """A run's options; if it was made elsewhere, without the files that they name. -> dict"""
+    recipe = dict(checkpoint["recipe"])
+    if not checkpoint["made_here"]:
+        if recipe["data"] and not args.data:
+            raise Problem(f"the run in {out} was made elsewhere; name its text with --data")
+        recipe |= {"valid": None, "cache": args.cache}
+    return recipe
+
+
 def resumed(args, parser, argv):
     """The run's own options; where its text lies, and what computes, may be given anew."""
     model, checkpoint = load_checkpoint(args.resume)
-    recipe = dict(checkpoint["recipe"])
-    if not checkpoint["made_here"]:  # then no file that it names is opened
-        if recipe["data"] and not args.data:
-            raise Problem(f"the run in {args.resume} was made elsewhere; name its text with --data")
-        recipe |= {"valid": args.valid, "cache": args.cache}
+    recipe = trusted_recipe(args.resume, checkpoint, args)
     parser.set_defaults(**dict.fromkeys(vars(args)))
     given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x is not None}
     for name in given.keys() - {"resume", "data", "valid", "cache", "device"}:
