@@ -544,15 +544,29 @@ def test_any_prompt_is_continued(stories_file):
 
 # ---- tiny.py: the model --------------------------------------------------------------------------
 
-@pytest.fixture
-def model():
+def random_net(plain):
     """A net with every weight random: the zeros it starts with would hide mistakes."""
     torch.manual_seed(0)
-    net = tiny.GPT(layers=2, heads=2, width=16, context=32, rows=64)
-    for p in [*net.parameters(), net.memory.table]:
+    net = tiny.GPT(layers=2, heads=2, width=16, context=32, rows=64, plain=plain)
+    for p in net.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    net.memory.count.random_(0, 2)  # some contexts are known, some not
+    if not plain:
+        torch.nn.init.normal_(net.memory.table, std=0.3)
+        net.memory.count.random_(0, 2)  # some contexts are known, some not
     return net
+
+
+@pytest.fixture(params=[False, True], ids=["words", "plain"])
+def model(request):
+    return random_net(plain=request.param)
+
+
+def windows(B):
+    """(B, 32) bytes in which words come again, and some bytes that are no text at all"""
+    words = [b"Lily ", b"Li, ", b"the ", b"then\n", b"Tim's ", b"\0", b"\xc3\xa9t ", b"\"he.\" "]
+    random = np.random.default_rng(0)
+    texts = [b"".join(words[i] for i in random.integers(len(words), size=32)) for _ in range(B)]
+    return torch.tensor([list(text[:32]) for text in texts])
 
 
 def context_names(text, i):
@@ -638,20 +652,46 @@ def test_memory_knows_of_a_context_only_what_was_learned_elsewhere():
     assert visit() == [1, 1] and memory.count.max() == 3  # later epochs count nothing
 
 
-def test_attention_finds_what_came_next_where_the_text_looked_alike():
-    """An induction head by eye: byte 30 looks like byte 10, so it takes over byte 11."""
+def test_words_are_complete_at_the_first_byte_behind_them():
+    complete, end = tiny.find_words(torch.tensor([list(b"Once she, "), list(b"\0It's.\"\0 a")]))
+    assert complete.tolist() == [[0] * 4 + [1] * 4 + [2] * 2, [1] * 5 + [2] * 2 + [3] * 3]
+    assert end.tolist() == [[4, 8, 0], [0, 5, 7]]
+
+
+def test_a_word_is_as_likely_as_its_copies_and_its_spelling_together():
+    """The pointer, from its definition: the letters of a word have the probability a_0 p(letters)
+    plus the shares of all earlier words that begin with them."""
     torch.manual_seed(0)
-    attention = tiny.Attention(width=64, heads=1)
-    x = torch.randn(1, 40, 64)
-    x[0, 30] = x[0, 10]
-    attention.qkv.weight.data[128:] = torch.eye(64)  # values are the vectors themselves
-    attention.out.weight.data = torch.eye(64)
-    found = attention(x, torch.ones(40, 32), torch.zeros(40, 32))[0, 30]  # no positions
-    assert torch.cosine_similarity(found[None], x[0]).argmax() == 11
+    text = b" Lily saw Tim, the tree and the tall toy. Lily, the tall one, saw Ti"
+    ids = torch.tensor([list(text)])
+    T = len(text)
+    pointer = tiny.Pointer(width=16)
+    torch.nn.init.normal_(pointer.query.weight)
+    p = torch.randn(1, T, 256).softmax(-1)
+    states = torch.randn(1, T, 16)
+    complete, end = tiny.find_words(ids)
+    words = torch.randn(1, end.shape[1], 16)
+    spelling = tiny.contexts(ids, T)[:, :, tiny.WORD]
+    mixed = pointer(p, states, words, ids, spelling, complete, end)[0]
+    mixed = mixed / mixed.sum(-1, keepdim=True)
+    for found in re.finditer(rb"\w+", text):
+        start, stop = found.span()
+        earlier = re.findall(rb"\w+", text[:start])
+        query = pointer.query(states)[0, start - 1]
+        score = pointer.key(words)[0, : len(earlier)] @ query[1:] / 8**0.5
+        share = torch.cat((query[:1] + 4, score)).softmax(0)
+        want = share[0]
+        got = 1.0
+        for t in range(start, stop):
+            want = want * p[0, t - 1, text[t]]
+            got = got * mixed[t - 1, text[t]]
+        copies = [word.startswith(found.group()) for word in earlier]
+        want = want + (share[1:] * torch.tensor(copies)).sum()
+        assert got.item() == pytest.approx(want.item(), rel=1e-3), found.group()
 
 
 def test_no_byte_sees_the_future(model):
-    ids = torch.randint(0, 256, (1, 32))
+    ids = windows(1)
     before = model(ids)[0]
     for t in (1, 5, 31):
         changed = ids.clone()
@@ -663,7 +703,7 @@ def test_no_byte_sees_the_future(model):
 
 @pytest.mark.parametrize("first", [1, 5, 31])
 def test_cached_logits_equal_uncached(model, first):
-    ids = torch.randint(0, 256, (3, 32))
+    ids = windows(3)
     cache = model.new_cache(3)
     with torch.no_grad():
         pieces = [ids[:, :first], *ids[:, first:].split(1, 1)]

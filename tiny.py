@@ -1,7 +1,7 @@
 """Train a small language model on stories in a few minutes, on the machine at hand, and read one.
 
 By the end of this file you know every part of a GPT (embedding, rotary positions, attention, MLP,
-head), how it is trained against the clock instead of for a number of steps, and how a model that
+head), what helps one that has only minutes (a memory, layers over words, a pointer), how it is trained against the clock instead of for a number of steps, and how a model that
 only counts (ngram.py) can teach one that learns. The one command:
 
     python tiny.py --minutes 5
@@ -9,9 +9,9 @@ only counts (ngram.py) can teach one that learns. The one command:
 Sections 1 to 5 are the subject: the model, sampling, the optimizer, data and loss, the training
 loop. Sections 6 to 9 are what a program owes its users; read them when you need them.
 
-Axes: B windows of text in a batch, T bytes in a window, C the model's width, H attention heads,
-D = C / H the width of a head, K kinds of context that the memory looks up, P earlier bytes that
-are in the KV cache.
+Axes: B windows of text in a batch, T bytes in a window (L with the earlier ones that a cache
+knows), W words in it, C the model's width, H attention heads, D = C / H the width of a head, K
+kinds of context that the memory looks up.
 """
 import time
 
@@ -51,7 +51,7 @@ def norm(x):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021). x (B, H, T, D); cos, sin (T, D/2) -> (B, H, T, D)
+    """Rotary positions (Su et al. 2021). x (..., W, D); cos, sin (..., W, D/2) -> (..., W, D)
 
     Each pair of numbers is turned by an angle that grows with the position. The product of a query
     and a key then depends on how far apart they are, not on where they are.
@@ -61,74 +61,44 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Every byte looks at the bytes before it and takes over what it finds (Vaswani et al. 2017).
+    """Every word looks at the words before it and takes over what it finds (Vaswani et al. 2017).
 
-    Each head makes three vectors of each byte's vector: a query (what am I looking for?), a key
-    (what am I?) and a value (what do I tell whoever finds me?). A byte's score for an earlier one
+    Each head makes three vectors of each word's vector: a query (what am I looking for?), a key
+    (what am I?) and a value (what do I tell whoever finds me?). A word's score for an earlier one
     is its query times that one's key. Softmax makes shares of the scores, and by these shares the
     values are added up.
-
-    Half of the heads are ordinary. The others ask a question that stories pose all the time: where
-    did the text look as it does now, and which byte came next there? That is an induction head
-    (Olsson et al. 2022). A usual transformer needs two layers for it: one to carry each byte's
-    vector to the next place, one to compare. Here the keys of these heads are simply read one place
-    further right, so that a byte is found by what stood before it:
-
-        text         L    i    l    y   ...  L    i    ? (the next byte, not there yet)
-        query                                     q      "i, in a word that begins with Li, ..."
-        key          0   k(L) k(i) k(l)           :
-                              ^...................:      q is like k(i); the byte there is l
-
-    The zero scores 0 with any query: it stands for "nothing looked alike" (what is found then is
-    the window's first byte). And what makes these heads' keys starts as a copy of what makes their
-    queries, so that what looks alike is found from the first step on. This is how so small a model
-    remembers whom a story is about.
     """
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.ordinary = heads // 2  # number of ordinary heads, which come first
-        # Scores are sqrt(2) sharper than usual (1 / sqrt(D)): one place must outweigh 500 others.
-        self.scale = (2 * heads / width) ** 0.5
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        q, k, _ = self.qkv.weight.data.view(3, heads, width // heads, width)
-        k[self.ordinary :] = q[self.ordinary :]
         self.out = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.out.weight)  # at step 0 a layer adds nothing and disturbs no gradient
 
-    def forward(self, x, cos, sin, kv=None, P=0):
-        """x (B, T, C) -> (B, T, C)
+    def forward(self, x, cos, sin, kv=None, slot=None):
+        """x (B, W, C) -> (B, W, C)
 
-        kv: None, or room for keys and values, (2, B, H, context + 1, D), 0 at first. It holds those
-        of P earlier bytes; those of these T are added.
+        kv: None, or a KV cache: room for the keys and values of S words, (2, B, S, H, D). The words
+        of x are put into it at `slot`, (B, W) int64, and see all that is there up to themselves.
         """
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        B, W, C = x.shape
+        q, k, v = self.qkv(x).view(B, W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, W, D)
         # Normed queries and keys (Henry et al. 2020) cannot grow: the learning rate can be high.
-        q = rotate(norm(q), cos, sin)
-        k = rotate(norm(k), cos, sin)
-        k = F.pad(k, (0, 0, 1, 0))  # (B, H, 1 + T, D): key t is in row t + 1, row 0 is a zero
-        if kv is not None:
-            kv[0, :, :, P + 1 : P + T + 1] = k[:, :, 1:]  # row 0 stays 0
-            kv[1, :, :, P : P + T] = v
-            k = kv[0, :, :, : P + T + 1]
-            v = kv[1, :, :, : P + T]
-        n = self.ordinary  # k[1:] puts each key beside its own value, k[:-1] the key before it
-        y = torch.cat((
-            self.attend(q[:, :n], k[:, :n, 1:], v[:, :n]),
-            self.attend(q[:, n:], k[:, n:, :-1], v[:, n:]),
-        ), 1)  # (B, H, T, D)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
-
-    def attend(self, q, k, v):
-        """Several new bytes see what is before each of them (causal); a single one sees all."""
-        several = q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, is_causal=several, scale=self.scale)
+        q, k = rotate(norm(torch.stack((q, k))), cos, sin)
+        if kv is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            row = torch.arange(B, device=x.device)[:, None]
+            kv[:, row, slot] = torch.stack((k, v)).transpose(2, 3)
+            k, v = kv.transpose(2, 3)
+            seen = torch.arange(k.shape[2], device=x.device) <= slot[:, None, :, None]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.out(y.transpose(1, 2).reshape(B, W, C))
 
 
 class MLP(nn.Module):
-    """Every byte thinks about what it has seen, on its own. ReLU squared: So et al. 2021."""
+    """Every word thinks about what it has seen, on its own. ReLU squared: So et al. 2021."""
 
     def __init__(self, width):
         super().__init__()
@@ -137,8 +107,8 @@ class MLP(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
-        h = F.relu(self.up(x))  # (B, T, 4 C)
-        return self.down(h * h)  # (B, T, C)
+        h = F.relu(self.up(x))  # (B, W, 4 C)
+        return self.down(h * h)  # (B, W, C)
 
 
 class Block(nn.Module):
@@ -150,8 +120,8 @@ class Block(nn.Module):
         self.attention = Attention(width, heads)
         self.mlp = MLP(width)
 
-    def forward(self, x, cos, sin, kv=None, P=0):
-        x = x + self.attention(norm(x), cos, sin, kv, P)
+    def forward(self, x, cos, sin, kv=None, slot=None):
+        x = x + self.attention(norm(x), cos, sin, kv, slot)
         return x + self.mlp(norm(x))
 
 
@@ -164,6 +134,7 @@ class Block(nn.Module):
 
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes; four more kinds are about words
 KINDS = len(GRAMS) + 4
+WORD = len(GRAMS)  # the kind "the word so far"
 ODD = 6364136223846793005  # (Knuth's MMIX) to multiply by an odd number modulo 2^64 loses nothing
 INVERSE = pow(ODD, -1, 2**64) - 2**64  # ODD * INVERSE = 1 modulo 2^64; as a signed int64
 COUNTER_BITS = 24  # of a context's hash: by these it is counted
@@ -304,22 +275,138 @@ def all_processes(x):
     return torch.cat(parts)
 
 
-class GPT(nn.Module):
-    """A byte-level GPT with a memory. rows: of the memory, a power of 2.
+def find_words(ids):
+    """ids (B, L) -> complete (B, L): how many words are complete at each byte; end (B, W): at which
+    byte each of them became it, the first that is no letter (0 where a text has fewer words).
 
-    With these sizes it has 160,000 weights, and 50 million numbers in the memory, of which each
-    position looks up K rows.
+        ids         O  n  c  e     s  h  e  ,     w  e  n
+        complete    0  0  0  0  1  1  1  1  2  2  2  2  2
+        end         4, 8
+    """
+    letter = is_letter(ids)
+    ends = ~letter & F.pad(letter[:, :-1], (1, 0)) | (ids == END)  # each END is a word, too
+    complete = ends.cumsum(1)
+    row, t = ends.nonzero(as_tuple=True)
+    end = ids.new_zeros(len(ids), max(1, complete.max()))
+    end[row, complete[row, t] - 1] = t
+    return complete, end
+
+
+def take(x, index):
+    """From each text the vectors that its indices name: x (B, N, C), index (B, T) -> (B, T, C)"""
+    row = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return F.embedding(row + index, x.flatten(0, 1))
+
+
+def extend(cache, name, new):
+    """Append new (B, T, ...) to what the cache has under that name -> all of it, (B, P + T, ...)"""
+    if cache is None:
+        return new
+    if name in cache:
+        new = torch.cat((cache[name], new), 1)
+    cache[name] = new
+    return new
+
+
+class Pointer(nn.Module):
+    """Copies words: a small model hardly learns to spell `Lily` letter by letter out of a vector,
+    but it can learn to point at the Lily it has read (pointer-sentinel mixture, Merity et al. 2016).
+
+    Where a word begins, each earlier word i gets a share a_i, and the model's own spelling gets the
+    rest, a_0, all by one softmax. So a whole word has the probability
+
+        p(word) = a_0 p_spelled(word) + the sum of a_i over all i at which this word stands
+
+    and a byte has the quotient of two such sums: over the words that begin with the letters so far
+    and that byte, over those that begin with the letters so far. As the letters come, words that
+    do not begin with them fall out, and those that fit gain weight against the spelling:
+
+        Lily saw Tim. Ti?     a(Lily) and a(saw) are out; a(Tim) says m; a_0 p_spelled(Ti) says what
+                              the head says: m, n, g, ...
     """
 
-    def __init__(self, layers=1, heads=2, width=96, context=512, rows=2**19):
+    def __init__(self, width):
         super().__init__()
-        self.config = dict(layers=layers, heads=heads, width=width, context=context, rows=rows)
+        self.query = nn.Linear(width, width // 2 + 1, bias=False)  # one more: the sentinel's score
+        self.key = nn.Linear(width, width // 2, bias=False)
+        nn.init.zeros_(self.query.weight)
+
+    def forward(self, p, states, words, ids, spelling, complete, end, cache=None):
+        """The last T of L bytes: p (B, T, 256) what the head predicts, states (B, T, C). The words:
+        words (B, W, C) their states; complete, end: from find_words. All bytes: ids (B, L) and
+        spelling (B, L), a hash of the word so far. -> (B, T, 256), to be normalised
+        """
+        B, T, _ = states.shape
+        L = ids.shape[1]
+        now = torch.arange(L, device=ids.device)
+        gap = torch.where(is_letter(ids), -1, now).cummax(1).values  # the last that is no letter
+        first = gap.gather(1, (end - 1).clamp(min=0)) + 1  # (B, W): each word's first letter
+        length = (end - first).clamp(min=0)[:, None]  # (B, 1, W) letters
+        gap = gap[:, L - T :]
+        size = (now[L - T :] - gap)[:, :, None]  # (B, T, 1): letters of the word so far
+        gap = gap.clamp(min=0)
+
+        # The shares are those from where the word began.
+        query = take(extend(cache, "query", self.query(states)), gap)
+        score = query[..., 1:] @ self.key(words).mT / self.key.out_features**0.5  # (B, T, W)
+        there = now[: end.shape[1]] < complete[:, L - T :, None]
+        score = score.masked_fill(~there | (length == 0), -math.inf)
+        score = torch.cat((query[..., :1] + 4, score), -1)  # at first most is left to the spelling
+        share = score.softmax(-1)
+
+        # Which words begin with the letters so far, and which byte comes next in each?
+        next_at = (first[:, None] + size).clamp(max=L - 1)  # (B, T, W)
+        before = (next_at - 1).clamp(min=0).flatten(1)
+        alike = spelling.gather(1, before).view_as(next_at) == spelling[:, L - T :, None]
+        fits = (size == 0) | alike & (size <= length)
+        next_byte = ids.gather(1, next_at.flatten(1)).view_as(next_at)
+        share_fits = share[..., 1:] * fits
+        over = size >= length  # the word is complete: what comes behind it is not copied
+
+        # The probability that the head gave to the letters so far.
+        given = p[:, :-1].gather(2, ids[:, L - T + 1 :, None])[:, :, 0]
+        given = F.pad(given, (1, 0), value=1.0)
+        if cache is not None:
+            if "p" in cache:
+                given = cache["p"].gather(1, ids[:, L - T :])
+            cache["p"] = p[:, -1]
+        total = extend(cache, "given", given.clamp(min=1e-12).log()).cumsum(1)
+        spelled = total[:, L - T :] - total.gather(1, gap)
+        own = share[..., 0] * spelled.clamp(min=-25).exp() + (share_fits * over).sum(-1)
+        return (own[:, :, None] * p).scatter_add(2, next_byte, share_fits * ~over)
+
+
+class GPT(nn.Module):
+    """A byte-level GPT that thinks in words. rows: of the memory, a power of 2.
+
+    Bytes make long texts, so layers over bytes are dear. Here they see words only: the vector of a
+    word is that of the byte that ends it. Five times fewer places, so that two layers cost less
+    than one over bytes. Within a word, spelling is left to what is cheap: the memory says what
+    letters follow these letters, and the state of the last complete word, what the story says,
+    scales and shifts that (FiLM, Perez et al. 2018). Last, the pointer copies words.
+
+        bytes      embedding + memory ---------------------> scale, shift -> head -> pointer
+                          | at the words' ends                  ^ of the last complete word
+        words             +-> layer -> layer --> states --------+
+
+    plain: the usual transformer instead. Every byte is a word, there is no memory and no pointer.
+    """
+
+    def __init__(self, layers=2, heads=4, width=128, context=512, rows=2**19, plain=False):
+        super().__init__()
+        self.config = dict(layers=layers, heads=heads, width=width, context=context, rows=rows,
+                           plain=plain)
         self.context = context
         self.byte = nn.Embedding(256, width)
-        self.memory = Memory(width, rows)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.head = nn.Linear(width, 256, bias=False)
         nn.init.zeros_(self.head.weight)  # step 0 predicts 1/256 for every byte: 8 bits per byte
+        self.memory = None
+        if not plain:
+            self.memory = Memory(width, rows)
+            self.film = nn.Linear(width, 2 * width, bias=False)
+            nn.init.zeros_(self.film.weight)
+            self.pointer = Pointer(width)
         pairs = width // heads // 2
         frequency = 10000.0 ** (-torch.arange(pairs) / pairs)
         angle = torch.arange(context)[:, None] * frequency  # (context, D/2)
@@ -336,33 +423,62 @@ class GPT(nn.Module):
         """
         ids = ids.to(self.cos.device)
         B, T = ids.shape
-        P = 0
-        seen = ids
-        if cache is not None:
-            P = cache["ids"].shape[1]
-            seen = torch.cat((cache["ids"], ids), 1)  # (B, P + T)
-        if P + T > self.context or P and T > 1:
-            raise ValueError(f"{T} bytes after {P} do not fit the context of {self.context}")
-        if cache is not None:
-            cache["ids"] = seen
-        hashes = contexts(seen, T).flatten(0, 1)  # (B T, K)
-        x = norm(self.byte(ids) + self.memory(hashes).view(B, T, -1))  # (B, T, C)
-        for i, block in enumerate(self.blocks):
-            kv = None
-            if cache is not None:
-                kv = cache["layers"][i]
-            x = block(x, self.cos[P : P + T], self.sin[P : P + T], kv, P)
+        seen = extend(cache, "ids", ids)  # (B, L)
+        L = seen.shape[1]
+        if L > self.context or L > T > 1:
+            raise ValueError(f"{T} bytes after {L - T} do not fit the context of {self.context}")
+        x = self.byte(ids)  # (B, T, C)
+        if self.memory is None:
+            end = torch.arange(L, device=ids.device).expand(B, L)
+            words = states = self.think(norm(x), end + 1, end, cache)[:, 1:]
+            return self.head(states[:, L - T :]).float(), states[:, L - T :]
+        hashes = contexts(seen, T)  # (B, T, K)
+        complete, end = find_words(seen)
+        x = norm(x + self.memory(hashes.flatten(0, 1)).view(B, T, -1))
+        words = self.think(x, complete, end, cache)  # (B, W + 1, C)
+        scale, shift = take(self.film(words), complete[:, L - T :]).chunk(2, -1)
+        x = x * (1 + scale) + shift
         states = norm(x)
-        return self.head(states).float(), states
+        p = self.head(states).float().softmax(-1)
+        spelling = extend(cache, "spelling", hashes[:, :, WORD])
+        p = self.pointer(p, states, words[:, 1:], seen, spelling, complete, end, cache)
+        return (p + 1e-30).log(), states
+
+    def think(self, x, complete, end, cache):
+        """Run the layers over the words that x, (B, T, C), completes -> the states of all W words,
+        (B, W + 1, C), after a 0 for where none is complete yet."""
+        B, T, _ = x.shape
+        L = complete.shape[1]
+        done = complete.new_zeros(B, 1)  # words that were complete before
+        if L > T:
+            done = complete[:, L - T - 1 : L - T]
+        W = (complete[:, -1:] - done).max()  # new ones; at `slot` where a text has fewer stands
+        slot = done + torch.arange(max(1, W), device=x.device)  # what the next one overwrites
+        if cache is None or W > 0:
+            at = end.gather(1, slot.clamp(max=end.shape[1] - 1)) - (L - T)
+            w = take(x, at.clamp(min=0))
+            cos = self.cos[slot][:, None]  # (B, 1, W, D/2)
+            sin = self.sin[slot][:, None]
+            for i, block in enumerate(self.blocks):
+                kv = None
+                if cache is not None:
+                    kv = cache["layers"][i]
+                w = block(w, cos, sin, kv, slot)
+            w = norm(w)
+        if cache is None:
+            return F.pad(w, (0, 0, 1, 0))
+        if W > 0:
+            row = torch.arange(B, device=x.device)[:, None]
+            cache["words"][row, slot + 1] = w
+        return cache["words"][:, : end.shape[1] + 1]
 
     def new_cache(self, B):
-        """An empty KV cache for B texts: their bytes so far, and room for each layer's keys and
-        values, which are all that later bytes need of earlier ones."""
+        """An empty cache for B texts: room for the words' states and for each layer's keys and
+        values (KV cache). What is kept of each byte joins them in `extend`."""
         H = self.config["heads"]
-        D = self.config["width"] // H
-        ids = torch.zeros(B, 0, dtype=torch.int64, device=self.cos.device)
-        room = [self.cos.new_zeros(2, B, H, self.context + 1, D) for _ in self.blocks]
-        return {"ids": ids, "layers": room}
+        C = self.config["width"]
+        room = [self.cos.new_zeros(2, B, self.context, H, C // H) for _ in self.blocks]
+        return {"words": self.cos.new_zeros(B, self.context + 1, C), "layers": room}
 
 
 # ---- 2. Sampling: one byte after the other -------------------------------------------------------
@@ -637,7 +753,8 @@ def train_step(net, optimizers, ids, teacher, factor):
         optimizer.zero_grad(set_to_none=True)
     if not finite:
         return loss.detach() * math.nan
-    model.memory.step(MEMORY_RATE * factor)
+    if model.memory is not None:
+        model.memory.step(MEMORY_RATE * factor)
     return loss.detach()
 
 
@@ -667,7 +784,8 @@ def train(args, start, before=None):
     while (progress := run.progress()) < 1:  # 1: the time is over, or the text was read twice
         step = run.state["step"]
         ids, teacher = batches.get(step, taught=progress < args.distill)
-        model.memory.second_epoch = step >= batches.per_epoch
+        if model.memory is not None:
+            model.memory.second_epoch = step >= batches.per_epoch
         factor = setting["rate"] * schedule(progress)
         loss = train_step(net, optimizers, ids, teacher, factor)
         run.count(loss)  # steps, the progress bar, NaN
@@ -785,7 +903,9 @@ class Run:
             model = self.before[0]
             reason = f"going on with step {self.state['step'] + 1:,}"
         weights = sum(p.numel() for p in model.parameters())
-        memory = model.memory.table.numel()
+        memory = 0
+        if model.memory is not None:
+            memory = model.memory.table.numel()
         self.parameters = weights + memory
         self.say(f"\n{self.clock():6.1f} s  {weights:,} weights and a memory of {memory:,} on "
                  f"{device}, {torch.get_num_threads()} threads; {reason}")
@@ -809,7 +929,8 @@ class Run:
         self.bar = tqdm(total=100, disable=hidden, bar_format="{l_bar}{bar}| {elapsed}{postfix}")
         if self.before is not None:
             training = self.before[1]["training"]
-            model.memory.squares.copy_(training["squares"])
+            if model.memory is not None:
+                model.memory.squares.copy_(training["squares"])
             for optimizer, state in zip(optimizers, training["optimizers"]):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(training["random"])
@@ -900,8 +1021,9 @@ class Run:
         self.saved = time.monotonic()
         if self.rank > 0:
             return False
+        squares = getattr(self.model.memory, "squares", None)
         training = dict(state=self.state, spent=self.clock(), checksums=self.checksums,
-                        random=torch.get_rng_state(), squares=self.model.memory.squares,
+                        random=torch.get_rng_state(), squares=squares,
                         optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
         with suppressed("no checkpoint was written"):
             save_checkpoint(self.args, self.model, {}, training)
@@ -1011,7 +1133,7 @@ def picture(curve):
 
 # ---- 7. The folder of a run and its checkpoint ---------------------------------------------------
 
-VERSION = 3  # of the file
+VERSION = 4  # of the file
 
 
 def new_folder(out):
@@ -1040,7 +1162,7 @@ def save_checkpoint(args, model, facts, training=None):
     most of the file, is kept in half precision (this costs less than 0.0001 bits per byte).
     """
     weights = model.state_dict()
-    if training is None:
+    if training is None and model.memory is not None:
         weights["memory.table"] = weights["memory.table"].half()
     # The folder's number in its file system stays when it is moved and is another for whoever gets
     # a copy: files that the recipe names are opened only where the run was made.
@@ -1068,7 +1190,9 @@ def load_checkpoint(out, device="cpu"):
         weights = content.pop("weights")
         config = content["config"]
         # Nothing is built whose size the file itself does not have.
-        sizes = [config["rows"], config["width"]] == list(weights["memory.table"].shape)
+        sizes = config["width"] == weights["head.weight"].shape[1]
+        if not config["plain"]:
+            sizes &= config["rows"] == len(weights["memory.table"])
         if content["version"] != VERSION or not sizes or config["layers"] > len(weights):
             raise ValueError("not ours")
         model = GPT(**config)
@@ -1089,16 +1213,18 @@ def load_checkpoint(out, device="cpu"):
 # few large ones, until they no longer fill the cores (README, "How large a model?"). rate: a factor
 # for all learning rates. FROM_STEPS: how many steps of the small size must fit the budget.
 SIZES = {
-    "small": dict(layers=1, heads=2, width=96, context=512, batch=8, rate=1.0),
-    "medium": dict(layers=1, heads=2, width=128, context=512, batch=8, rate=1.0),
-    "large": dict(layers=4, heads=4, width=256, context=512, batch=16, rate=1.0),
+    "small": dict(layers=2, heads=4, width=128, context=512, batch=8, rate=1.0),
+    "medium": dict(layers=3, heads=4, width=192, context=512, batch=16, rate=1.0),
+    "large": dict(layers=6, heads=8, width=384, context=512, batch=32, rate=1.0),
+    "plain": dict(layers=3, heads=4, width=144, context=256, batch=8, rate=1.0, plain=True),
 }
 FROM_STEPS = {"small": 0, "medium": 6_000, "large": 60_000}  # large is a guess, for a GPU
 
 
 def new_model(setting):
     """-> a GPT with the sizes of a setting"""
-    return GPT(setting["layers"], setting["heads"], setting["width"], setting["context"])
+    sizes = setting["layers"], setting["heads"], setting["width"], setting["context"]
+    return GPT(*sizes, plain="plain" in setting)
 
 
 def prepare_cpu():
@@ -1169,7 +1295,7 @@ def pick_size(args, text, device, seconds):
     small = SIZES["small"]
     most = Batches(text, small["batch"], small["context"], 0).last_step
     steps = min(most, seconds / try_steps(small, device)[0])
-    name = max((name for name in SIZES if steps >= FROM_STEPS[name]), key=FROM_STEPS.get)
+    name = max((name for name in FROM_STEPS if steps >= FROM_STEPS[name]), key=FROM_STEPS.get)
     return SIZES[name], f"size {name}, as {steps:,.0f} steps of the small size fit"
 
 
@@ -1227,6 +1353,8 @@ def parse_arguments(argv=None):
         help="of the n-gram; 0: count none (default: 12)")
     add("--size", choices=("auto", *SIZES), default="auto", metavar="SIZE",
         help=f"of the model: {', '.join(SIZES)}; auto: by timing (default)")
+    add("--plain", action="store_const", const="plain", dest="size",
+        help="the usual transformer: layers over bytes, no memory, no pointer")
     add("--set", type=override, nargs="+", default=[], metavar="NAME=N",
         help=f"change a size's {', '.join(SIZES['small'])}")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1, metavar="N", help="(default: 1)")
