@@ -194,13 +194,9 @@ class Fusion:
     def __call__(self, p, states, ids):
         """The mixture after each byte of tiny.generate: p (B, 256) -> (B, 256).
 
-        states (B, T, C): of the bytes just fed; ids (B, t): all bytes so far.
+        states (B, P + 1, C): of the bytes in the context; ids (B, t): all bytes so far.
         """
         states = states.cpu()
-        new_context = states.shape[1] > 1 or ids.shape[1] == 1  # `generate` fed several bytes
-        if not new_context:  # one byte more
-            states = torch.cat((self.states, states), 1)
-        self.states = states
         past = states[:, :-1]  # (B, P, C)
         followed = ids[:, ids.shape[1] - past.shape[1] :]  # (B, P)
         recent = F.pad(ids, (self.reach, 0), value=END)[:, -self.reach :].to(torch.uint8).numpy()
@@ -448,10 +444,12 @@ class Library:
             elif run != "real":
                 out, *names = run.split("+")
                 model, _ = self.model(out)
-                options = [args.temperature, args.top_p, args.seed]
+                options = [args.temperature, args.top_p, args.candidates, args.seed]
                 if names:
                     options.append(self.fusion(out, names))
-                stories = write_stories(model, prompts, LENGTH, *options)
+                stories = []
+                for prompt in tqdm(prompts, run, disable=None):
+                    stories += write_stories(model, [prompt], LENGTH, *options)
         if not stories:
             raise Problem(f"{run} holds no stories; name another run")
         return [story[:LENGTH].decode("utf-8", "ignore") for story in stories]
@@ -659,7 +657,7 @@ def export(library, runs, args):
 # ---- 6. The command ------------------------------------------------------------------------------
 
 def tell(library, args):
-    """Print --n stories, each byte as it comes, to END or to --length bytes after the prompt.
+    """Print --n stories, each word as it comes, to END or to --length bytes after the prompt.
 
     Bytes are not characters: the decoder waits for the rest of a character of several bytes.
     """
@@ -677,11 +675,15 @@ def tell(library, args):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         shown = data.decode(np.frombuffer(prompt, np.uint8))
         print(printable(decoder.decode(shown)), end="")
-        steps = generate(model, [prompt], args.temperature, args.top_p, generator, fusion)
-        for (byte,) in islice(steps, args.length):
-            if byte == END:
+        words = generate(model, prompt, args.temperature, args.top_p, args.candidates, generator,
+                         fusion)
+        left = args.length
+        while left > 0:
+            word = next(words)[:left].split(bytes([END]))
+            print(printable(decoder.decode(word[0])), end="", flush=True)
+            left -= len(word[0])
+            if len(word) > 1:
                 break
-            print(printable(decoder.decode(bytes([byte]))), end="", flush=True)
         print(decoder.decode(b"", final=True), end="")
     print()
 
@@ -708,6 +710,8 @@ def parse_arguments(argv=None):
         help="below 1: safer, 0: always the likeliest byte (default: 0.45)")
     add("--top-p", type=number(float, 0, 1, above=True), default=1.0, metavar="P",
         help="draw from the likeliest bytes that have this probability together (default: 1)")
+    add("--candidates", type=number(int, 1, 1000), default=8, metavar="N",
+        help="words of which one is chosen; 1: the temperature is each byte's (default: 8)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1, metavar="N", help="(default: 1)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", metavar="NAME",
         help="auto, cpu, cuda, mps (default: cpu)")

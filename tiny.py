@@ -1,8 +1,9 @@
 """Train a small language model on stories in a few minutes, on the machine at hand, and read one.
 
 By the end of this file you know every part of a GPT (embedding, rotary positions, attention, MLP,
-head), what helps one that has only minutes (a memory, layers over words, a pointer), how it is trained against the clock instead of for a number of steps, and how a model that
-only counts (ngram.py) can teach one that learns. The one command:
+head), what helps a small one that has only minutes (a memory, layers over words, a pointer), how it
+is trained against the clock instead of for a number of steps, and how a model that only counts
+(ngram.py) can teach one that learns. The one command:
 
     python tiny.py --minutes 5
 
@@ -91,7 +92,7 @@ class Attention(nn.Module):
         else:
             row = torch.arange(B, device=x.device)[:, None]
             kv[:, row, slot] = torch.stack((k, v)).transpose(2, 3)
-            k, v = kv.transpose(2, 3)
+            k, v = kv[:, :, : slot.max() + 1].transpose(2, 3)
             seen = torch.arange(k.shape[2], device=x.device) <= slot[:, None, :, None]
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out(y.transpose(1, 2).reshape(B, W, C))
@@ -302,27 +303,26 @@ def extend(cache, name, new):
     """Append new (B, T, ...) to what the cache has under that name -> all of it, (B, P + T, ...)"""
     if cache is None:
         return new
-    if name in cache:
-        new = torch.cat((cache[name], new), 1)
-    cache[name] = new
+    if name in cache["bytes"]:
+        new = torch.cat((cache["bytes"][name], new), 1)
+    cache["bytes"][name] = new
     return new
 
 
 class Pointer(nn.Module):
-    """Copies words: a small model hardly learns to spell `Lily` letter by letter out of a vector,
-    but it can learn to point at the Lily it has read (pointer-sentinel mixture, Merity et al. 2016).
+    """Copies words. To spell `Lily` letter by letter out of a vector takes long to learn; to point
+    at the Lily that was read does not (pointer-sentinel mixture, Merity et al. 2016).
 
-    Where a word begins, each earlier word i gets a share a_i, and the model's own spelling gets the
-    rest, a_0, all by one softmax. So a whole word has the probability
+    Where a word begins, one softmax gives a share a_i to each earlier word i and the rest, a_0, to
+    the head, which spells. So letters that begin a word have the probability
 
-        p(word) = a_0 p_spelled(word) + the sum of a_i over all i at which this word stands
+        P(letters) = a_0 p_head(letters) + the sum of the a_i of all words that begin with them
 
-    and a byte has the quotient of two such sums: over the words that begin with the letters so far
-    and that byte, over those that begin with the letters so far. As the letters come, words that
-    do not begin with them fall out, and those that fit gain weight against the spelling:
+    and a letter c has P(letters so far + c) / P(letters so far). While letters come, words that do
+    not begin with them fall out, and those that do gain weight against the spelling:
 
-        Lily saw Tim. Ti?     a(Lily) and a(saw) are out; a(Tim) says m; a_0 p_spelled(Ti) says what
-                              the head says: m, n, g, ...
+        "Lily saw Tim. Ti"    Lily and saw are out; a(Tim) is for m;
+                              a_0 p_head(Ti), by now a small number, for what the head says
     """
 
     def __init__(self, width):
@@ -332,9 +332,11 @@ class Pointer(nn.Module):
         nn.init.zeros_(self.query.weight)
 
     def forward(self, p, states, words, ids, spelling, complete, end, cache=None):
-        """The last T of L bytes: p (B, T, 256) what the head predicts, states (B, T, C). The words:
-        words (B, W, C) their states; complete, end: from find_words. All bytes: ids (B, L) and
-        spelling (B, L), a hash of the word so far. -> (B, T, 256), to be normalised
+        """What comes after each of the last T of L bytes. -> (B, T, 256), to be normalised
+
+        p (B, T, 256): what the head predicts; states (B, T, C): of these T bytes; words (B, W, C):
+        the states of the words; ids (B, L); spelling (B, L): a hash of the word so far; complete,
+        end: from find_words.
         """
         B, T, _ = states.shape
         L = ids.shape[1]
@@ -350,7 +352,7 @@ class Pointer(nn.Module):
         query = take(extend(cache, "query", self.query(states)), gap)
         score = query[..., 1:] @ self.key(words).mT / self.key.out_features**0.5  # (B, T, W)
         there = now[: end.shape[1]] < complete[:, L - T :, None]
-        score = score.masked_fill(~there | (length == 0), -math.inf)
+        score = score.masked_fill(~there | (length == 0), -1e9)
         score = torch.cat((query[..., :1] + 4, score), -1)  # at first most is left to the spelling
         share = score.softmax(-1)
 
@@ -423,37 +425,42 @@ class GPT(nn.Module):
         """
         ids = ids.to(self.cos.device)
         B, T = ids.shape
-        seen = extend(cache, "ids", ids)  # (B, L)
-        L = seen.shape[1]
+        L = T
+        if cache is not None and "ids" in cache["bytes"]:
+            L += cache["bytes"]["ids"].shape[1]
         if L > self.context or L > T > 1:
             raise ValueError(f"{T} bytes after {L - T} do not fit the context of {self.context}")
+        seen = extend(cache, "ids", ids)  # (B, L)
         x = self.byte(ids)  # (B, T, C)
         if self.memory is None:
-            end = torch.arange(L, device=ids.device).expand(B, L)
-            words = states = self.think(norm(x), end + 1, end, cache)[:, 1:]
-            return self.head(states[:, L - T :]).float(), states[:, L - T :]
+            position = torch.arange(L, device=ids.device).expand(B, L)
+            states = self.think(norm(x), position + 1, position, cache)[:, -T:]
+            return self.head(states).float(), states
         hashes = contexts(seen, T)  # (B, T, K)
         complete, end = find_words(seen)
         x = norm(x + self.memory(hashes.flatten(0, 1)).view(B, T, -1))
         words = self.think(x, complete, end, cache)  # (B, W + 1, C)
         scale, shift = take(self.film(words), complete[:, L - T :]).chunk(2, -1)
-        x = x * (1 + scale) + shift
-        states = norm(x)
+        states = norm(x * (1 + scale) + shift)
         p = self.head(states).float().softmax(-1)
         spelling = extend(cache, "spelling", hashes[:, :, WORD])
         p = self.pointer(p, states, words[:, 1:], seen, spelling, complete, end, cache)
         return (p + 1e-30).log(), states
 
     def think(self, x, complete, end, cache):
-        """Run the layers over the words that x, (B, T, C), completes -> the states of all W words,
-        (B, W + 1, C), after a 0 for where none is complete yet."""
+        """Run the layers over the words that the last T bytes complete: x (B, T, C) -> the states of
+        all W words, (B, W + 1, C); before them stands a 0, for where none is complete yet.
+
+        With a cache there may be texts that complete a word while others do not. All go through
+        the layers; a result that is no word's is overwritten by the next one.
+        """
         B, T, _ = x.shape
         L = complete.shape[1]
         done = complete.new_zeros(B, 1)  # words that were complete before
         if L > T:
             done = complete[:, L - T - 1 : L - T]
-        W = (complete[:, -1:] - done).max()  # new ones; at `slot` where a text has fewer stands
-        slot = done + torch.arange(max(1, W), device=x.device)  # what the next one overwrites
+        W = (complete[:, -1:] - done).max()
+        slot = done + torch.arange(max(1, W), device=x.device)  # (B, W): the number of each new word
         if cache is None or W > 0:
             at = end.gather(1, slot.clamp(max=end.shape[1] - 1)) - (L - T)
             w = take(x, at.clamp(min=0))
@@ -478,10 +485,20 @@ class GPT(nn.Module):
         H = self.config["heads"]
         C = self.config["width"]
         room = [self.cos.new_zeros(2, B, self.context, H, C // H) for _ in self.blocks]
-        return {"words": self.cos.new_zeros(B, self.context + 1, C), "layers": room}
+        return {"bytes": {}, "words": self.cos.new_zeros(B, self.context + 1, C), "layers": room}
+
+    def rewind(self, cache, row, length):
+        """Make every text of the cache the first `length` bytes of the text in that row."""
+        B = len(cache["words"])
+        for name, x in cache["bytes"].items():
+            cache["bytes"][name] = x[row, :length].expand(B, *x[row, :length].shape)
+        for x in (cache["words"][None], *cache["layers"]):
+            x[:, :, : length + 1] = x[:, row, None, : length + 1].clone()
+        if "p" in cache:
+            cache["p"] = cache["p"][row].expand(B, -1)
 
 
-# ---- 2. Sampling: one byte after the other -------------------------------------------------------
+# ---- 2. Sampling: one word after the other -------------------------------------------------------
 
 def choose(logits, temperature=1.0, top_p=1.0, generator=None):
     """Draw a byte from each row. logits (B, 256), nats -> (B,) int64
@@ -499,58 +516,84 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
+LONGEST = 24  # bytes that are drawn before a candidate is chosen, at most
+
+
 @torch.inference_mode()
-def generate(model, prompts, temperature=1.0, top_p=1.0, generator=None, fuse=None):
-    """Continue several prompts at once, without end: yields a list of B integers, the next byte of
-    each text, one list per byte.
+def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=None, fuse=None):
+    """Continue a prompt, without end: yields the bytes of one word after the other.
 
-    prompts: list of B bytes objects; END is put before each. The first list is the byte after the
-    shortest prompt; where a prompt is longer, its own bytes come first. fuse: a function (p (B,
-    256), states (B, T, C) of the bytes just fed, ids (B, t) all so far) -> p, that may change the
-    probabilities (sample.py).
+    A temperature per byte is not a temperature per word. Say `park` has 0.25, and four words with b
+    have 0.08 each. Sharpened byte by byte, b (0.32) beats p (0.25), and the story goes on with a
+    word that is not the likeliest. So with a temperature T between 0 and 1 several candidates are
+    drawn from the model as it is, each up to the byte that ends the word, and one is kept with a
+    probability proportional to p(word)^(1/T - 1). As candidates come in proportion to p(word),
+    this makes p(word)^(1/T), exactly so with infinitely many (importance resampling, Rubin 1987).
 
-    Each byte is fed once, until the context is full: then its last three quarters are fed again as
-    a new one, so that every byte sees at least so much, however long the text.
+    prompt: bytes; END is put before it. top_p: of each byte. candidates: 1 sharpens byte by byte
+    (as do T = 0 and T >= 1). fuse: a function (p (K, 256), states (K, P, C) of the bytes in the
+    context, ids (K, t) all so far) -> p, that may change the probabilities (sample.py).
+
+    When the context is nearly full, its last three quarters are fed again as a new one, so that
+    every byte sees at least so much, however long the text.
     """
-    shortest = min(map(len, prompts))
-    ids = torch.tensor([[END, *prompt[:shortest]] for prompt in prompts])  # (B, t)
-    cache = None
+    K = candidates
+    byte_temperature = 1.0
+    if not 0 < temperature < 1 or candidates == 1:
+        K = 1
+        byte_temperature = temperature
+    longest = min(LONGEST, model.context // 4)
+    ids = torch.tensor([[END, *prompt]]).repeat(K, 1)  # (K, t): the text, the same in each row
+    fed = model.context
     while True:
-        if cache is None or cache["ids"].shape[1] == model.context:
-            cache = model.new_cache(len(prompts))
+        if fed + longest > model.context:
+            cache = model.new_cache(K)
             new = ids
-            if ids.shape[1] > model.context:
-                new = ids[:, -3 * model.context // 4 :]  # the byte just drawn included
-        logits, states = model(new, cache)
-        logits = logits[:, -1].cpu().nan_to_num()  # (B, 256); NaN if training diverged
-        if fuse is not None:
-            logits = fuse(F.softmax(logits, -1), states, ids).clamp(min=1e-30).log()
-        byte = choose(logits, temperature, top_p, generator)  # (B,)
-        t = ids.shape[1] - 1
-        for b, prompt in enumerate(prompts):
-            if t < len(prompt):
-                byte[b] = prompt[t]
-        new = byte[:, None]
-        ids = torch.cat((ids, new), 1)
-        yield byte.tolist()
+            if ids.shape[1] + longest > model.context:
+                new = ids[:, -3 * model.context // 4 :]
+            fed = 0
+        nats = torch.zeros(K)
+        length = torch.zeros(K, dtype=torch.int64)
+        going = torch.ones(K, dtype=torch.bool)
+        begin = ids.shape[1]
+        while going.any() and ids.shape[1] < begin + longest:
+            logits, states = model(new, cache)
+            fed += new.shape[1]
+            logits = logits[:, -1].cpu().nan_to_num()  # (K, 256); NaN if training diverged
+            if fuse is not None:
+                states = extend(cache, "states", states)
+                logits = fuse(F.softmax(logits, -1), states, ids).clamp(min=1e-30).log()
+            new = choose(logits, byte_temperature, top_p, generator)[:, None]  # (K, 1)
+            ids = torch.cat((ids, new), 1)
+            nats += going * logits.log_softmax(-1).gather(1, new)[:, 0]
+            length += going
+            going &= is_letter(new[:, 0])
+        row = 0
+        if K > 1:
+            row = choose(nats[None] * (1 / temperature - 1), generator=generator).item()
+        end = begin + length[row].item()
+        fed -= ids.shape[1] - end
+        ids = ids[row, :end].repeat(K, 1)
+        new = ids[:, -1:]  # drawn, but not fed yet
+        model.rewind(cache, row, fed)
+        yield bytes(ids[0, begin:].tolist())
 
 
-def write_stories(model, prompts, length=1000, temperature=0.45, top_p=1.0, seed=1, fuse=None):
-    """Continue each prompt to END or to `length` bytes in all, side by side. -> list of bytes
+def write_stories(model, prompts, length=1000, temperature=0.45, top_p=1.0, candidates=8, seed=1,
+                  fuse=None):
+    """Continue each prompt to END or to `length` bytes in all. -> list of bytes
 
     temperature: blind readers preferred 0.45 to 0.6, that to 0.8 and that to 1.
     """
-    stories = [bytearray(prompt[: min(map(len, prompts))]) for prompt in prompts]
-    going = [True] * len(prompts)
     generator = torch.Generator().manual_seed(seed)
-    for drawn in generate(model, prompts, temperature, top_p, generator, fuse):
-        for b, byte in enumerate(drawn):
-            if byte == END or len(stories[b]) >= length:
-                going[b] = False
-            if going[b]:
-                stories[b].append(byte)
-        if not any(going):
-            return [bytes(story) for story in stories]
+    stories = []
+    for prompt in prompts:
+        story = prompt
+        words = generate(model, prompt, temperature, top_p, candidates, generator, fuse)
+        while len(story) < length and END not in story:
+            story += next(words)
+        stories.append(story.split(bytes([END]))[0][:length])
+    return stories
 
 
 # ---- 3. The optimizer ----------------------------------------------------------------------------
@@ -996,10 +1039,11 @@ class Run:
         began = self.clock()
         bpb = evaluate(self.model, self.valid, every=4)
         evaluated = self.clock()
-        story = write_stories(self.model, [PROMPT], 120, seed=self.args.seed)[0]
-        # The end needs a whole evaluation, a story of 1,000 bytes and a second for the checkpoint.
+        story = write_stories(self.model, [PROMPT], 120, candidates=1, seed=self.args.seed)[0]
+        # The end needs a whole evaluation, a story of 1,000 bytes, each chosen among candidates,
+        # and a second for the checkpoint.
         # (Of a very short budget it gets a quarter, whatever it needs.)
-        needed = 4 * (evaluated - began) + 12 * (self.clock() - evaluated) + 1
+        needed = 4 * (evaluated - began) + 20 * (self.clock() - evaluated) + 1
         state["reserve"] = min(needed, 15 * self.args.minutes)
         state["curve"].append((began, bpb))
         line = readable(story).replace("\n", " ")
@@ -1214,7 +1258,7 @@ def load_checkpoint(out, device="cpu"):
 # for all learning rates. FROM_STEPS: how many steps of the small size must fit the budget.
 SIZES = {
     "small": dict(layers=2, heads=4, width=128, context=512, batch=8, rate=1.0),
-    "medium": dict(layers=3, heads=4, width=192, context=512, batch=16, rate=1.0),
+    "medium": dict(layers=3, heads=4, width=192, context=512, batch=8, rate=1.0),
     "large": dict(layers=6, heads=8, width=384, context=512, batch=32, rate=1.0),
     "plain": dict(layers=3, heads=4, width=144, context=256, batch=8, rate=1.0, plain=True),
 }
