@@ -936,11 +936,11 @@ def stop_at(monkeypatch, step, number):
     return count
 
 
-@pytest.mark.parametrize("cut", [1, 4, 8, 9, 15])
-def test_interrupted_and_resumed_equals_uninterrupted(tiny_runs, monkeypatch, tmp_path, cut,
+@pytest.mark.parametrize("cut, plain", [(1, []), (4, []), (8, ["--plain"]), (9, []), (15, [])])
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_runs, monkeypatch, tmp_path, cut, plain,
                                                       capsys):
     """Bit for bit, in the phase with a teacher, at its end and after it."""
-    options = ["--steps", 16, "--distill", 0.5]
+    options = ["--steps", 16, "--distill", 0.5, *plain]
     whole = tiny_runs("whole", *options)
     number = (signal.SIGTERM, signal.SIGINT)[cut % 2]
     count = stop_at(monkeypatch, cut, number)
@@ -955,6 +955,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny_runs, monkeypatch, tm
     assert len(count) == 16
     with pytest.raises(data.Problem, match="is complete"):
         tiny.main(["--resume", str(tmp_path / "cut")])
+
+
+def test_the_plain_transformer_is_told_apart_and_runs_everywhere(tiny_runs, tmp_path, capsys):
+    weights = tiny_runs("p", "--plain", "--steps", 20)
+    assert not any(name.startswith(("memory", "pointer", "film")) for name in weights)
+    assert "weights and a memory of 0 on cpu" in capsys.readouterr().out
+    model, _ = tiny.load_checkpoint(tmp_path / "p")
+    assert model.config["plain"] and len(model.blocks) == 3
+    text = np.frombuffer(b"Once upon a time.", np.uint8)
+    assert 1 < tiny.evaluate(model, text) < 8
+    sample.main(["--out", str(tmp_path / "p"), "--n", "1", "--length", "30", "--fuse", "cache"])
+    assert len(capsys.readouterr().out) > 30
 
 
 def test_the_checksum_says_whether_a_text_is_the_runs(tiny_runs, monkeypatch, tmp_path,

@@ -847,7 +847,7 @@ def train(args, start, before=None):
 
 # ---- 6. One run: its clock, looks, checkpoints, end ----------------------------------------------
 
-LOOKS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # progress at which to evaluate
+LOOKS = (0.04, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # progress at which to evaluate
 VALIDATED = 300_000  # bytes of the validation text that the figures are about
 SAVE_EVERY = 60.0  # seconds
 PATIENCE = 10  # NaN steps in a row after which training stops
