@@ -1260,7 +1260,7 @@ SIZES = {
     "small": dict(layers=2, heads=4, width=128, context=512, batch=8, rate=1.0),
     "medium": dict(layers=3, heads=4, width=192, context=512, batch=8, rate=1.0),
     "large": dict(layers=6, heads=8, width=384, context=512, batch=32, rate=1.0),
-    "plain": dict(layers=3, heads=4, width=144, context=256, batch=8, rate=1.0, plain=True),
+    "plain": dict(layers=3, heads=4, width=144, context=128, batch=16, rate=1.0, plain=True),
 }
 FROM_STEPS = {"small": 0, "medium": 6_000, "large": 60_000}  # large is a guess, for a GPU
 
