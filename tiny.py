@@ -1108,7 +1108,8 @@ class Run:
             save_checkpoint(self.args, self.model, facts)
         except Problem as problem:
             failure = problem  # first the figures
-        story = write_stories(self.model, [b"Once upon a time"], 1000, seed=self.args.seed)[0]
+        length = int(1000 * min(1, self.args.minutes))  # it is a part of the budget
+        story = write_stories(self.model, [b"Once upon a time"], length, seed=self.args.seed)[0]
         self.say(f"\n{picture(state['curve'])}\n\n{readable(story)}\n")
         facts["peak_memory_mb"] = round(peak_memory() / 1e6)
         facts["seconds"] = round(self.clock(), 1)
