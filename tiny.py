@@ -448,8 +448,8 @@ class GPT(nn.Module):
         return (p + 1e-30).log(), states
 
     def think(self, x, complete, end, cache):
-        """Run the layers over the words that the last T bytes complete: x (B, T, C) -> the states of
-        all W words, (B, W + 1, C); before them stands a 0, for where none is complete yet.
+        """Run the layers over the words that the last T bytes complete: x (B, T, C) -> the states
+        of all W words, (B, W + 1, C), after a 0 for where none is complete yet.
 
         With a cache there may be texts that complete a word while others do not. All go through
         the layers; a result that is no word's is overwritten by the next one.
@@ -460,7 +460,7 @@ class GPT(nn.Module):
         if L > T:
             done = complete[:, L - T - 1 : L - T]
         W = (complete[:, -1:] - done).max()
-        slot = done + torch.arange(max(1, W), device=x.device)  # (B, W): the number of each new word
+        slot = done + torch.arange(max(1, W), device=x.device)  # (B, W): each new word's number
         if cache is None or W > 0:
             at = end.gather(1, slot.clamp(max=end.shape[1] - 1)) - (L - T)
             w = take(x, at.clamp(min=0))
