@@ -121,7 +121,7 @@ class Fusion:
     probabilities, a mixture.
 
     Each head knows something that the others do not, so the mixture needs fewer bits. Why, then,
-    are its stories worse at temperature 0.8 (at 0.45 they are not)? Our reading: each head adds a
+    were its stories worse at temperature 0.8, on the net of commit 4157c73? Our reading: each head adds a
     little probability to bytes that do not fit this story, above all the n-gram, which after a
     dozen bytes forgets whom it is about. The mean over all bytes hardly shows this. But sampling
     draws such a byte every few words, and the thread is lost. A low temperature cuts them off.
