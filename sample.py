@@ -44,8 +44,8 @@ from tqdm import tqdm
 import data
 from data import END, Problem, printable, split_stories
 from ngram import NGram, mixture_weights
-from tiny import evaluation_windows, generate, load_checkpoint, pick_device, prepare_cpu
-from tiny import trusted_recipe, write_stories
+from tiny import continuation, evaluation_windows, load_checkpoint, pick_device, prepare_cpu
+from tiny import trusted_recipe, write_story
 
 
 # ---- 1. Heads: several opinions about the next byte ----------------------------------------------
@@ -121,9 +121,9 @@ class Fusion:
     probabilities, a mixture.
 
     Each head knows something that the others do not, so the mixture needs fewer bits. Why, then,
-    were its stories worse at temperature 0.8, on the net of commit 4157c73? Our reading: each head adds a
-    little probability to bytes that do not fit this story, above all the n-gram, which after a
-    dozen bytes forgets whom it is about. The mean over all bytes hardly shows this. But sampling
+    were its stories worse at temperature 0.8, on the net of commit 4157c73? Our reading: each head
+    adds a little probability to bytes that do not fit this story, above all the n-gram, which after
+    a dozen bytes forgets whom it is about. The mean over all bytes hardly shows this. But sampling
     draws such a byte every few words, and the thread is lost. A low temperature cuts them off.
     """
     NAMES = ("ngram", "knn", "cache")
@@ -444,12 +444,14 @@ class Library:
             elif run != "real":
                 out, *names = run.split("+")
                 model, _ = self.model(out)
-                options = [args.temperature, args.top_p, args.candidates, args.seed]
+                # One generator for all: stories from the same prompt differ.
+                generator = torch.Generator().manual_seed(args.seed)
+                options = [args.temperature, args.top_p, args.candidates, generator]
                 if names:
                     options.append(self.fusion(out, names))
                 stories = []
                 for prompt in tqdm(prompts, run, disable=None):
-                    stories += write_stories(model, [prompt], LENGTH, *options)
+                    stories.append(write_story(model, prompt, LENGTH, *options))
         if not stories:
             raise Problem(f"{run} holds no stories; name another run")
         return [story[:LENGTH].decode("utf-8", "ignore") for story in stories]
@@ -675,15 +677,9 @@ def tell(library, args):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         shown = data.decode(np.frombuffer(prompt, np.uint8))
         print(printable(decoder.decode(shown)), end="")
-        words = generate(model, prompt, args.temperature, args.top_p, args.candidates, generator,
-                         fusion)
-        left = args.length
-        while left > 0:
-            word = next(words)[:left].split(bytes([END]))
-            print(printable(decoder.decode(word[0])), end="", flush=True)
-            left -= len(word[0])
-            if len(word) > 1:
-                break
+        options = args.temperature, args.top_p, args.candidates, generator, fusion
+        for word in continuation(model, prompt, args.length, *options):
+            print(printable(decoder.decode(word)), end="", flush=True)
         print(decoder.decode(b"", final=True), end="")
     print()
 

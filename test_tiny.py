@@ -731,8 +731,12 @@ def test_every_byte_is_generated_from_three_quarters_of_a_context_at_least(model
 def test_stories_begin_with_their_prompts_and_end_in_time(model):
     prompts = [b"Once", b"A longer beginning", b"", b"Tom"]
     for T in (0, 0.5, 1):
-        stories = tiny.write_stories(model, prompts, 80, temperature=T, seed=3)
-        assert stories == tiny.write_stories(model, prompts, 80, temperature=T, seed=3)
+        def write():
+            generator = torch.Generator().manual_seed(3)
+            return [tiny.write_story(model, p, 80, T, generator=generator) for p in prompts]
+
+        stories = write()
+        assert stories == write()
         assert all(story.startswith(prompt) for story, prompt in zip(stories, prompts))
         assert all(len(story) <= 80 and 0 not in story for story in stories)
 
@@ -875,14 +879,14 @@ def test_evaluate_scores_every_byte_once_with_real_context(model):
 def test_main_job(finished):
     result, out = finished
     facts = closing_block(result.stdout)
-    assert 24 * 0.9 < float(facts["seconds"]) < 24 * 1.05  # ±2 % of five minutes are 6 s
+    assert 24 * 0.95 < float(facts["seconds"]) < 24 * 1.05  # ±2 % of five minutes are 6 s
     assert float(facts["val_bpb"]) < 1.5 and float(facts["ngram_bpb"]) < 0.6
     assert int(facts["bytes_seen"]) == int(facts["steps"]) * 8 * 512
     assert "\r" not in result.stderr and "NOTICE" not in result.stderr
     assert result.stdout.rstrip().endswith(f"python sample.py --out {out}")
     assert sorted(os.listdir(out)) == ["log.jsonl", "model.pt"]
     rows = [json.loads(line) for line in open(out / "log.jsonl", encoding="utf-8")]
-    assert 3 <= len(rows) <= len(tiny.LOOKS) and rows[-1]["bpb"] < rows[0]["bpb"]
+    assert 5 <= len(rows) <= len(tiny.LOOKS) and rows[-1]["bpb"] < rows[0]["bpb"]
     _, checkpoint = tiny.load_checkpoint(out)
     assert checkpoint["facts"]["val_bpb"] == float(facts["val_bpb"]) and checkpoint["made_here"]
 
@@ -1685,6 +1689,13 @@ def test_length_counts_bytes_after_any_prompt(fused, capsys, prompt, shown):
     sample.tell(library, library.args)
     told = capsys.readouterr().out.removesuffix("\n")
     assert told.startswith(shown) and len(told) - len(shown) <= 20
+
+
+def test_stories_from_the_same_prompt_differ(fused):
+    library = sample.Library(sample.parse_arguments(["--n", "3"]))
+    library.model = lambda out: (fused[0].model, None)
+    library.prompts = lambda: ([b"Once upon a time"] * 3, [])
+    assert len(set(library.stories("run"))) == 3
 
 
 # ---- what users do wrong -------------------------------------------------------------------------

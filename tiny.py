@@ -568,32 +568,36 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
             nats += going * logits.log_softmax(-1).gather(1, new)[:, 0]
             length += going
             going &= is_letter(new[:, 0])
-        row = 0
         if K > 1:
             row = choose(nats[None] * (1 / temperature - 1), generator=generator).item()
-        end = begin + length[row].item()
-        fed -= ids.shape[1] - end
-        ids = ids[row, :end].repeat(K, 1)
+            end = begin + length[row].item()
+            fed -= ids.shape[1] - end
+            ids = ids[row, :end].repeat(K, 1)
+            model.rewind(cache, row, fed)
         new = ids[:, -1:]  # drawn, but not fed yet
-        model.rewind(cache, row, fed)
         yield bytes(ids[0, begin:].tolist())
 
 
-def write_stories(model, prompts, length=1000, temperature=0.45, top_p=1.0, candidates=8, seed=1,
-                  fuse=None):
-    """Continue each prompt to END or to `length` bytes in all. -> list of bytes
+def continuation(model, prompt, length, *options):
+    """Yields the words after a prompt, bytes, to END or to `length` bytes. options: of generate"""
+    for word in generate(model, prompt, *options):
+        text = word.split(bytes([END]))[0][:length]
+        yield text
+        length -= len(text)
+        if len(text) < len(word) or length == 0:
+            return
+
+
+def write_story(model, prompt, length=1000, temperature=0.45, top_p=1.0, candidates=8,
+                generator=None, fuse=None):
+    """Continue a prompt to END or to `length` bytes in all. -> bytes
 
     temperature: blind readers preferred 0.45 to 0.6, that to 0.8 and that to 1.
     """
-    generator = torch.Generator().manual_seed(seed)
-    stories = []
-    for prompt in prompts:
-        story = prompt
-        words = generate(model, prompt, temperature, top_p, candidates, generator, fuse)
-        while len(story) < length and END not in story:
-            story += next(words)
-        stories.append(story.split(bytes([END]))[0][:length])
-    return stories
+    prompt = prompt[:length]
+    left = length - len(prompt)
+    options = temperature, top_p, candidates, generator, fuse
+    return prompt + b"".join(continuation(model, prompt, left, *options))
 
 
 # ---- 3. The optimizer ----------------------------------------------------------------------------
@@ -847,7 +851,7 @@ def train(args, start, before=None):
 
 # ---- 6. One run: its clock, looks, checkpoints, end ----------------------------------------------
 
-LOOKS = (0.04, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # progress at which to evaluate
+LOOKS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # progress at which to evaluate
 VALIDATED = 300_000  # bytes of the validation text that the figures are about
 SAVE_EVERY = 60.0  # seconds
 PATIENCE = 10  # NaN steps in a row after which training stops
@@ -890,6 +894,7 @@ class Run:
         self.rank = rank
         self.clock = clock
         self.before = before
+        self.length = round(1000 * min(1, args.minutes))  # bytes of the story at the end
         self.baseline = None  # the n-gram's bits per byte
         self.signal = None
         self.bad_steps = 0  # in a row
@@ -1039,14 +1044,15 @@ class Run:
         began = self.clock()
         bpb = evaluate(self.model, self.valid, every=4)
         evaluated = self.clock()
-        story = write_stories(self.model, [PROMPT], 120, candidates=1, seed=self.args.seed)[0]
-        # The end needs a whole evaluation, a story of 1,000 bytes, each chosen among candidates,
-        # and a second for the checkpoint.
-        # (Of a very short budget it gets a quarter, whatever it needs.)
-        needed = 4 * (evaluated - began) + 20 * (self.clock() - evaluated) + 1
+        story = self.story(PROMPT, 120, candidates=1)
+        told = self.clock()
+        # The end needs a whole evaluation, a longer story, for each byte of which eight candidates
+        # take three times as long as one, and a second for the checkpoint. (Of a very short budget
+        # it gets a quarter, whatever it needs.)
+        needed = 4 * (evaluated - began) + 3 * self.length / 120 * (told - evaluated) + 1
         state["reserve"] = min(needed, 15 * self.args.minutes)
         state["curve"].append((began, bpb))
-        line = readable(story).replace("\n", " ")
+        line = story.replace("\n", " ")
         self.bar.clear()
         self.say(f"{began:6.1f} s  step {state['step']:6,}  {bpb:.3f} bits per byte | {line}")
         row = dict(seconds=began, step=state["step"], bpb=bpb, train_bits=state["loss"],
@@ -1055,6 +1061,12 @@ class Run:
             self.log.write(json.dumps(row).encode() + b"\n")
             self.log.flush()
         state["looked"] += self.clock() - began
+
+    def story(self, prompt, length, candidates=8):
+        """The run's seed decides which story it is. -> str"""
+        generator = torch.Generator().manual_seed(self.args.seed)
+        story = write_story(self.model, prompt, length, candidates=candidates, generator=generator)
+        return readable(story)
 
     def time_to_save(self):
         return time.monotonic() - self.saved > SAVE_EVERY
@@ -1108,9 +1120,8 @@ class Run:
             save_checkpoint(self.args, self.model, facts)
         except Problem as problem:
             failure = problem  # first the figures
-        length = int(1000 * min(1, self.args.minutes))  # it is a part of the budget
-        story = write_stories(self.model, [b"Once upon a time"], length, seed=self.args.seed)[0]
-        self.say(f"\n{picture(state['curve'])}\n\n{readable(story)}\n")
+        story = self.story(b"Once upon a time", self.length)
+        self.say(f"\n{picture(state['curve'])}\n\n{story}\n")
         facts["peak_memory_mb"] = round(peak_memory() / 1e6)
         facts["seconds"] = round(self.clock(), 1)
         for name, value in facts.items():
@@ -1263,7 +1274,7 @@ SIZES = {
     "large": dict(layers=6, heads=8, width=384, context=512, batch=32, rate=1.0),
     "plain": dict(layers=3, heads=4, width=144, context=128, batch=16, rate=1.0, plain=True),
 }
-FROM_STEPS = {"small": 0, "medium": 6_000, "large": 60_000}  # large is a guess, for a GPU
+FROM_STEPS = {"small": 0, "medium": 6_000, "large": 60_000}  # medium and large are guesses
 
 
 def new_model(setting):
