@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 from collections import Counter
 
@@ -904,9 +905,10 @@ def test_without_network_or_ngram(tmp_path):
 def tiny_runs(monkeypatch, tmp_path, stories_file):
     """A function that calls tiny.main in this process with a small net. -> the weights it saved"""
     monkeypatch.setattr(tiny, "GPT", functools.partial(tiny.GPT, rows=2**10))
+    monkeypatch.setattr(tiny, "LOOKS", (0.1, 0.5))
 
     def train(name, *options):
-        where = ["--data", stories_file, "--out", tmp_path / name, *SMALL]
+        where = ["--data", stories_file, "--out", tmp_path / name, *SMALL, "--minutes", 0.2]
         if "--resume" in options:
             where = []
         tiny.main([str(option) for option in (*where, *options)])
@@ -1208,7 +1210,8 @@ def test_a_gpu_is_used_if_it_computes_the_same_and_is_faster(monkeypatch, capsys
 
 @slow
 def test_seeds_and_sweep(tmp_path, stories_file):
-    command = [os.path.join(HERE, "tiny.py"), "--steps", 4, "--order", 0, "--data", stories_file]
+    command = [os.path.join(HERE, "tiny.py"), "--steps", 4, "--minutes", 0.1, "--order", 0,
+               "--data", stories_file]
     result = script(*command, "--seeds", 2, "--out", "seeds", *SMALL[:5], cwd=tmp_path)
     rows = (tmp_path / "seeds" / "runs.tsv").read_text().splitlines()
     assert len(rows) == 2 and all(row in result.stdout for row in rows), result.stderr
@@ -1334,7 +1337,7 @@ def test_the_budget_begins_at_the_call():
 
 # ---- sample.py -----------------------------------------------------------------------------------
 
-NARROW = ["--set", "width=32", "--order", 0]
+NARROW = ["--set", "width=32", "--order", 0, "--minutes", 0.1]
 
 
 @pytest.fixture(scope="module")
@@ -1603,7 +1606,8 @@ def endpoint(two_runs, tmp_path, monkeypatch, capsys):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample.time, "sleep", lambda seconds: None)
+    # Not time.sleep itself: the clocks of earlier tests would never sleep again.
+    monkeypatch.setattr(sample, "time", types.SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setenv("JUDGE_MODEL", "stub")
     monkeypatch.setenv("JUDGE_KEY", "sk-secret\n")
     monkeypatch.setenv("no_proxy", "*")

@@ -894,7 +894,7 @@ class Run:
         self.rank = rank
         self.clock = clock
         self.before = before
-        self.length = round(1000 * min(1, args.minutes))  # bytes of the story at the end
+        self.length = round(500 * min(2, args.minutes))  # bytes of the story at the end
         self.baseline = None  # the n-gram's bits per byte
         self.signal = None
         self.bad_steps = 0  # in a row
@@ -1042,14 +1042,14 @@ class Run:
         state = self.state
         state["looks"] = sum(part <= state["progress"] for part in LOOKS)
         began = self.clock()
-        bpb = evaluate(self.model, self.valid, every=4)
+        bpb = evaluate(self.model, self.valid, every=8)
         evaluated = self.clock()
         story = self.story(PROMPT, 120, candidates=1)
         told = self.clock()
         # The end needs a whole evaluation, a longer story, for each byte of which eight candidates
-        # take three times as long as one, and a second for the checkpoint. (Of a very short budget
-        # it gets a quarter, whatever it needs.)
-        needed = 4 * (evaluated - began) + 3 * self.length / 120 * (told - evaluated) + 1
+        # take three times as long as one, and half a second for the checkpoint. (It never gets more
+        # than a quarter of the budget.)
+        needed = 8 * (evaluated - began) + 3 * self.length / 120 * (told - evaluated) + 0.5
         state["reserve"] = min(needed, 15 * self.args.minutes)
         state["curve"].append((began, bpb))
         line = story.replace("\n", " ")
