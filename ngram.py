@@ -26,7 +26,8 @@ END = 0  # the byte between stories; no context reaches back beyond it
 # Count how often each byte w followed each context h: c(h w). The obvious model is
 # p(w | h) = c(h w) / c(h), and it is useless. Any text has something new in it, the model says 0,
 # and one 0 makes the whole text impossible. So every byte seen must give up a little for those not
-# seen. All seven models here do it by one formula, for n = 1, 2, ... up to the order:
+# seen. All seven models, the useless one among them, are one formula, for n = 1, 2, ... up to the
+# order:
 #
 #     p_n(w | h) = (c(h w) - discount) / denominator  +  handed / denominator * p_{n-1}(w | h')
 #
@@ -38,7 +39,8 @@ END = 0  # the byte between stories; no context reaches back beyond it
 #
 # What is taken here is handed down there, so each distribution sums to 1; the literature calls it
 # interpolation with the lower order. "quick brown f" may be new, but "brown f" was seen, and if
-# not, "n f". The models differ in `smooth`, and both Kneser-Neys in what they count (section 2).
+# not, "n f". A context that was never seen hands down everything. The models differ in `smooth`,
+# and both Kneser-Neys in what they count (section 2).
 
 KNESER_NEY = ("kneser-ney", "modified-kneser-ney")
 SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute")
@@ -115,9 +117,9 @@ def smooth(smoothing, count, different, constants):
         return count * constants[0], 0
     if smoothing == "witten-bell":  # "something new" has happened too (Witten & Bell 1991):
         return none, different  # once for each different follower
-    # Absolute discounting (Ney, Essen & Kneser 1994) and both Kneser-Neys: a constant. In as much
-    # new text, an n-gram that was seen c times comes about c - 0.75 times. Modified Kneser-Ney has
-    # three constants: for counts of 1, of 2, and of 3 or more.
+    # Absolute discounting (Ney, Essen & Kneser 1994) and both Kneser-Neys: a constant. In new text
+    # of the same length, an n-gram that was seen c times comes about c - 0.75 times. Modified
+    # Kneser-Ney has three constants: for counts of 1, of 2, and of 3 or more.
     return constants[np.minimum(count, 3)], 0
 
 

@@ -1,4 +1,4 @@
-"""Train a small language model on stories in a few minutes, on the machine at hand, and read one.
+"""Train a small language model on stories in a few minutes, on the machine at hand; read a story.
 
 By the end of this file you know every part of a GPT (embedding, rotary positions, attention, MLP,
 head), what helps a small one that has only minutes (a memory, layers over words, a pointer), how it
@@ -138,7 +138,7 @@ KINDS = len(GRAMS) + 4
 WORD = len(GRAMS)  # the kind "the word so far"
 ODD = 6364136223846793005  # (Knuth's MMIX) to multiply by an odd number modulo 2^64 loses nothing
 INVERSE = pow(ODD, -1, 2**64) - 2**64  # ODD * INVERSE = 1 modulo 2^64; as a signed int64
-COUNTER_BITS = 24  # of a context's hash: by these it is counted
+COUNTER_BITS = 24  # of a context's hash; they are the number of its counter
 
 
 def is_letter(ids):
@@ -157,10 +157,11 @@ def contexts(ids, T):
     over all j < i it is (S[b] - S[a]) / ODD^a, and dividing is multiplying by INVERSE^a. So
     contexts of any length, words too, are hashed at every position without a loop.
 
-    `gap` holds the last position up to i that is no letter, `end` the last that is one:
+    `gap` holds the last position up to i that is no letter, `end` the last that is one (_ is a
+    space):
 
         i       0  1  2  3  4  5  6  7    From i = 7 backwards: the word so far begins after
-        byte       s  h  e     w  e  n    gap[7] = 4; the word before it ends at end[4] = 3 and
+        byte    _  s  h  e  _  w  e  n    gap[7] = 4; the word before it ends at end[4] = 3 and
         gap     0  0  0  0  4  4  4  4    begins after gap[3] = 0.
         end     0  1  2  3  3  5  6  7
     """
@@ -186,7 +187,9 @@ def contexts(ids, T):
         stop = end.gather(1, edge)
         edge = gap.gather(1, stop)
         words.append(span(edge + 1, stop + 1))
-    mark = text[:, L - T :].masked_fill(letter[:, L - T :], 0)  # after a word: which byte ended it
+    # Where a word has just ended, the word so far is empty: its place takes the byte that ended it.
+    # So there `pair` is about the whole word that has ended, `triple` about the last two.
+    mark = text[:, L - T :].masked_fill(letter[:, L - T :], 0)
     # In "once she wen": `wen`; `wen` after `she`; `wen` after `once she`; `wen`, two words after
     # `once`. The small odd factors keep apart what would otherwise be the same sum.
     word = (words[0] * 3 + mark) * ODD
@@ -201,10 +204,11 @@ def contexts(ids, T):
 class Memory(nn.Module):
     """A table with a vector for each context (by hash) and its own optimizer.
 
-    When a text is read a second time, the row of a context that stood in one place only leaks which
-    byte came there, and the model learns to trust what says nothing about new text. So the memory
-    counts at how many steps of the first epoch each context stood, and uses its row, to look it up
-    and to learn it, only where the context was seen elsewhere:
+    When a text is read a second time, the row of a context that was seen in a single place leaks
+    which byte came there, and the model learns to trust what says nothing about new text. So the
+    memory counts at how many steps of the first epoch each context was seen (once a step: an
+    assignment to the same counter twice is one), and uses its row, to look it up and to learn it,
+    only where the context was seen elsewhere:
 
         first epoch     counted at least once: at an earlier step
         later epochs    at least 3 times (counting has stopped): one is this very place, so two
@@ -277,10 +281,10 @@ def all_processes(x):
 
 
 def find_words(ids):
-    """ids (B, L) -> complete (B, L): how many words are complete at each byte; end (B, W): at which
-    byte each of them became it, the first that is no letter (0 where a text has fewer words).
+    """ids (B, L) -> complete (B, L): how many words are complete at each byte; end (B, W): the byte
+    that completes each word, the first that is no letter (0 where a text has fewer words).
 
-        ids         O  n  c  e     s  h  e  ,     w  e  n
+        ids         O  n  c  e  _  s  h  e  ,  _  w  e  n
         complete    0  0  0  0  1  1  1  1  2  2  2  2  2
         end         4, 8
     """
@@ -318,8 +322,9 @@ class Pointer(nn.Module):
 
         P(letters) = a_0 p_head(letters) + the sum of the a_i of all words that begin with them
 
-    and a letter c has P(letters so far + c) / P(letters so far). While letters come, words that do
-    not begin with them fall out, and those that do gain weight against the spelling:
+    (a word that is spelled out gives its share to the head, which says what follows it), and a
+    letter c has P(letters so far + c) / P(letters so far). While letters come, words that do not
+    begin with them fall out, and those that do gain weight against the spelling:
 
         "Lily saw Tim. Ti"    Lily and saw are out; a(Tim) is for m;
                               a_0 p_head(Ti), by now a small number, for what the head says
@@ -340,19 +345,19 @@ class Pointer(nn.Module):
         """
         B, T, _ = states.shape
         L = ids.shape[1]
-        now = torch.arange(L, device=ids.device)
-        gap = torch.where(is_letter(ids), -1, now).cummax(1).values  # the last that is no letter
+        position = torch.arange(L, device=ids.device)
+        gap = torch.where(is_letter(ids), -1, position).cummax(1).values  # (B, L): last non-letter
         first = gap.gather(1, (end - 1).clamp(min=0)) + 1  # (B, W): each word's first letter
         length = (end - first).clamp(min=0)[:, None]  # (B, 1, W) letters
         gap = gap[:, L - T :]
-        size = (now[L - T :] - gap)[:, :, None]  # (B, T, 1): letters of the word so far
-        gap = gap.clamp(min=0)
+        size = (position[L - T :] - gap)[:, :, None]  # (B, T, 1): letters of the word so far
+        begun = gap.clamp(min=0)  # (B, T): where the shares of that word were made
 
-        # The shares are those from where the word began.
-        query = take(extend(cache, "query", self.query(states)), gap)
+        query = take(extend(cache, "query", self.query(states)), begun)
         score = query[..., 1:] @ self.key(words).mT / self.key.out_features**0.5  # (B, T, W)
-        there = now[: end.shape[1]] < complete[:, L - T :, None]
-        score = score.masked_fill(~there | (length == 0), -1e9)
+        word = torch.arange(end.shape[1], device=ids.device)
+        read = word < complete[:, L - T :, None]  # (B, T, W): only words that were complete there
+        score = score.masked_fill(~read | (length == 0), -1e9)
         score = torch.cat((query[..., :1] + 4, score), -1)  # at first most is left to the spelling
         share = score.softmax(-1)
 
@@ -363,7 +368,7 @@ class Pointer(nn.Module):
         fits = (size == 0) | alike & (size <= length)
         next_byte = ids.gather(1, next_at.flatten(1)).view_as(next_at)
         share_fits = share[..., 1:] * fits
-        over = size >= length  # the word is complete: what comes behind it is not copied
+        over = size >= length  # spelled out: what follows a word is not copied
 
         # The probability that the head gave to the letters so far.
         given = p[:, :-1].gather(2, ids[:, L - T + 1 :, None])[:, :, 0]
@@ -373,7 +378,7 @@ class Pointer(nn.Module):
                 given = cache["p"].gather(1, ids[:, L - T :])
             cache["p"] = p[:, -1]
         total = extend(cache, "given", given.clamp(min=1e-12).log()).cumsum(1)
-        spelled = total[:, L - T :] - total.gather(1, gap)
+        spelled = total[:, L - T :] - total.gather(1, begun)
         own = share[..., 0] * spelled.clamp(min=-25).exp() + (share_fits * over).sum(-1)
         return (own[:, :, None] * p).scatter_add(2, next_byte, share_fits * ~over)
 
@@ -381,11 +386,12 @@ class Pointer(nn.Module):
 class GPT(nn.Module):
     """A byte-level GPT that thinks in words. rows: of the memory, a power of 2.
 
-    Bytes make long texts, so layers over bytes are dear. Here they see words only: the vector of a
-    word is that of the byte that ends it. Five times fewer places, so that two layers cost less
-    than one over bytes. Within a word, spelling is left to what is cheap: the memory says what
-    letters follow these letters, and the state of the last complete word, what the story says,
-    scales and shifts that (FiLM, Perez et al. 2018). Last, the pointer copies words.
+    Bytes make long texts, so layers over bytes cost much. Here they see words only: the vector of a
+    word is that of the byte that ends it, where the memory knows the word by its letters. There are
+    five times fewer positions, so two layers cost less than one over bytes. Within a word, spelling
+    is left to what is cheap: the memory says what letters follow these letters, and the state of
+    the last complete word, what the story says, scales and shifts that (FiLM, Perez et al. 2018).
+    Last, the pointer copies words.
 
         bytes      embedding + memory ---------------------> scale, shift -> head -> pointer
                           | at the words' ends                  ^ of the last complete word
@@ -433,7 +439,7 @@ class GPT(nn.Module):
         seen = extend(cache, "ids", ids)  # (B, L)
         x = self.byte(ids)  # (B, T, C)
         if self.memory is None:
-            position = torch.arange(L, device=ids.device).expand(B, L)
+            position = torch.arange(L, device=ids.device).expand(B, L)  # every byte is a word
             states = self.think(norm(x), position + 1, position, cache)[:, -T:]
             return self.head(states).float(), states
         hashes = contexts(seen, T)  # (B, T, K)
@@ -449,22 +455,22 @@ class GPT(nn.Module):
 
     def think(self, x, complete, end, cache):
         """Run the layers over the words that the last T bytes complete: x (B, T, C) -> the states
-        of all W words, (B, W + 1, C), after a 0 for where none is complete yet.
+        of all W words, (B, W + 1, C); before them a row of zeros, for bytes before the first word.
 
-        With a cache there may be texts that complete a word while others do not. All go through
-        the layers; a result that is no word's is overwritten by the next one.
+        With a cache some texts may complete a word while others do not. All go through the layers;
+        what comes out where no word ended is overwritten by the text's next word.
         """
         B, T, _ = x.shape
         L = complete.shape[1]
         done = complete.new_zeros(B, 1)  # words that were complete before
         if L > T:
             done = complete[:, L - T - 1 : L - T]
-        W = (complete[:, -1:] - done).max()
-        slot = done + torch.arange(max(1, W), device=x.device)  # (B, W): each new word's number
-        if cache is None or W > 0:
+        new = (complete[:, -1:] - done).max()  # words at most
+        slot = done + torch.arange(max(1, new), device=x.device)  # (B, new): their numbers
+        if cache is None or new > 0:
             at = end.gather(1, slot.clamp(max=end.shape[1] - 1)) - (L - T)
-            w = take(x, at.clamp(min=0))
-            cos = self.cos[slot][:, None]  # (B, 1, W, D/2)
+            w = take(x, at.clamp(min=0))  # (B, new, C)
+            cos = self.cos[slot][:, None]  # (B, 1, new, D/2)
             sin = self.sin[slot][:, None]
             for i, block in enumerate(self.blocks):
                 kv = None
@@ -474,7 +480,7 @@ class GPT(nn.Module):
             w = norm(w)
         if cache is None:
             return F.pad(w, (0, 0, 1, 0))
-        if W > 0:
+        if new > 0:
             row = torch.arange(B, device=x.device)[:, None]
             cache["words"][row, slot + 1] = w
         return cache["words"][:, : end.shape[1] + 1]
@@ -492,7 +498,7 @@ class GPT(nn.Module):
         B = len(cache["words"])
         for name, x in cache["bytes"].items():
             cache["bytes"][name] = x[row, :length].expand(B, *x[row, :length].shape)
-        for x in (cache["words"][None], *cache["layers"]):
+        for x in (cache["words"][None], *cache["layers"]):  # as many words as bytes at most
             x[:, :, : length + 1] = x[:, row, None, : length + 1].clone()
         if "p" in cache:
             cache["p"] = cache["p"][row].expand(B, -1)
@@ -629,7 +635,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(w)
                 momentum = state["momentum"].lerp_(w.grad, 1 - group["momentum"])
                 update = orthogonalize(w.grad.lerp(momentum, group["momentum"]))  # Nesterov's
-                size = max(1, w.shape[0] / w.shape[1]) ** 0.5
+                size = max(1, w.shape[0] / w.shape[1]) ** 0.5  # Jordan's, for tall matrices
                 w.sub_(update, alpha=group["lr"] * size)
 
 
@@ -653,7 +659,7 @@ def orthogonalize(x):
 
 # ---- 4. What is trained on, and how it is judged -------------------------------------------------
 
-EPOCHS = 2  # a run ends when it has read its text so often: then overfitting sets in
+EPOCHS = 2  # a run ends after so many: then overfitting sets in
 LEAST = 250_000  # bytes; a shorter text gets the steps that two epochs of so much text would take
 
 
@@ -662,7 +668,7 @@ class Batches:
 
     Windows are drawn without replacement: all of the text is read before any of it is read again.
     (Drawn with replacement, a third of the text is still unseen when as much as all was read.)
-    rank, world: this is one of `world` processes and reads its own part of the text, (n,) uint8.
+    text: (n,) uint8. rank, world: this is one of `world` processes and reads its part of the text.
     """
 
     def __init__(self, text, batch, context, seed, teacher=None, rank=0, world=1):
@@ -719,8 +725,8 @@ def distillation_loss(logits, target, teacher, weight):
 @torch.no_grad()
 def evaluation_windows(model, text, every=1, batch=16):
     """Read text, (n,) uint8, so that each byte is predicted once, with at least half a context
-    before it where there are so many bytes: windows overlap by half, and only their second half is
-    scored (in the first window, all). every: one window in `every`, for a quick look.
+    before it wherever the text has that much: windows overlap by half, and only their second half
+    is scored (in the first window, all). every: one window in `every`, for a quick look.
 
     Yields, for b windows at a time, on the CPU: ids (b, T) int64; target (b, T) the bytes to be
     predicted; at (b, T) where in text those stand; scored (b, T) bool; logits (b, T, 256) and
@@ -758,7 +764,7 @@ PROMPT = b"Once upon a time, there was a little"
 
 
 def make_optimizers(model):
-    """Muon for the matrices inside, AdamW for what leads in and out. (Memory.step is the third.)"""
+    """Muon for the layers' matrices, AdamW for all around them. (Memory.step is the third.)"""
     outside = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
     muon = Muon(model.blocks.parameters(), lr=0.02)
     adam = torch.optim.AdamW(outside, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -854,7 +860,7 @@ def train(args, start, before=None):
 LOOKS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # progress at which to evaluate
 VALIDATED = 300_000  # bytes of the validation text that the figures are about
 SAVE_EVERY = 60.0  # seconds
-PATIENCE = 10  # NaN steps in a row after which training stops
+MOST_NANS = 10  # steps in a row without a finite gradient; then training stops
 PAUSE = 10.0  # seconds without a tick: the process was stopped, or the laptop asleep
 
 
@@ -989,8 +995,8 @@ class Run:
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
         if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone
-            mute(1)
-            mute(2)
+            for descriptor in filter(os.isatty, (1, 2)):
+                mute(descriptor)
 
     def progress(self):
         """The part of the run that is over; 1 ends it.
@@ -1013,7 +1019,7 @@ class Run:
 
     def count(self, loss):
         """A step is over. loss: nats per byte, NaN if nothing was learned. Raises Problem after
-        PATIENCE such steps in a row."""
+        MOST_NANS such steps in a row."""
         state = self.state
         state["step"] += 1
         if loss.isnan():
@@ -1022,9 +1028,9 @@ class Run:
         else:
             self.bad_steps = 0
             state["loss"] += 0.01 * (loss.item() / math.log(2) - state["loss"])
-        if self.bad_steps == PATIENCE:
+        if self.bad_steps == MOST_NANS:
             self.save()
-            raise Problem(f"{PATIENCE} steps in a row had NaN or infinite gradients; the model "
+            raise Problem(f"{MOST_NANS} steps in a row had NaN or infinite gradients; the model "
                           f"from before is in {self.args.out}. Train with a lower --set rate=0.5")
         self.bar.n = round(100 * state["progress"])
         self.bar.set_postfix_str(f" step {state['step']:,}, loss {state['loss']:.3f} bits", False)
