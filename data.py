@@ -152,6 +152,8 @@ def lock(path):
     except (BlockingIOError, PermissionError):
         file.close()
         return None
+    except OSError:
+        pass  # some network file systems know no locks
     return file
 
 
@@ -325,13 +327,18 @@ def load(files=None, valid=None, megabytes=100, cache="cache", least=2):
         if len(text) < enough:
             size = f"{len(text):,} bytes, at least {enough:,} are needed"
             raise Problem(f"the {name} text has {size}; give more with --data or --valid")
+    warn_of_overlap(train, held_out)
+    return Text(train, held_out, source, waited)
+
+
+def warn_of_overlap(train, held_out):
+    """Whoever has learned the answers is not examined by them."""
     stories = split_stories(held_out)
     known = set(stories).intersection(split_stories(train))
     share = sum(story in known for story in stories) / max(1, len(stories))
     if share > 0.01:
         where = "are in the training text word for word: the scores flatter the model"
         print(f"NOTICE: {share:.0%} of the validation stories {where}", file=sys.stderr)
-    return Text(train, held_out, source, waited)
 
 
 def number(kind=float, low=-math.inf, high=math.inf, above=False):

@@ -31,6 +31,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from array import array
 from collections import Counter
 from itertools import islice
@@ -192,7 +193,7 @@ class Fusion:
     def __call__(self, p, states, ids):
         """The mixture after each byte of tiny.generate: p (B, 256) -> (B, 256).
 
-        states (B, P + 1, C): of the bytes in the context; ids (B, t): all bytes so far.
+        states (B, P + 1, C): of the L bytes in the context; ids (B, n): all bytes so far.
         """
         states = states.cpu()
         past = states[:, :-1]  # (B, P, C)
@@ -404,23 +405,31 @@ class Library:
             return data.text_from(args)
         _, checkpoint = self.model(args.out)
         recipe = trusted_recipe(args.out, checkpoint, args)  # a foreign one could name any file
-        text = data.load(recipe["data"], recipe["valid"], recipe["megabytes"], recipe["cache"])
+        cache = recipe["cache"]
+        if args.cache != "cache":
+            cache = args.cache
+        text = data.load(recipe["data"], recipe["valid"], recipe["megabytes"], cache)
         if args.valid:
             text = text._replace(valid=data.read(args.valid, args.megabytes))
+            data.warn_of_overlap(text.train, text.valid)
         return text
 
     @functools.cache
     def ngram(self):
         """Counting anew takes seconds; kept as a file it would need more room than the model."""
         print("counting the n-gram model ...", file=sys.stderr, flush=True)
-        return NGram().fit(self.text().train)
+        return NGram().fit(self.text().train[:15_000_000])  # 0.7 GB; all of 100 MB would take 5
 
     def fusion(self, out, names):
         """The run `out` with the heads `names`, and the weights learned. -> Fusion"""
         for name in names:
             if name not in Fusion.NAMES:
                 raise Problem(f"there is no head {name!r}; the heads are {', '.join(Fusion.NAMES)}")
-        model, _ = self.model(out)
+        model, checkpoint = self.model(out)
+        crc = zlib.crc32(self.text().train)
+        if checkpoint["facts"].get("text_crc32", crc) != crc:
+            print(f"NOTICE: {out} was trained on another text, perhaps on what is scored here; "
+                  "name the --data and --valid that it was trained with", file=sys.stderr)
         if not names:
             return Fusion(model, names)
         ngram = None
@@ -458,7 +467,7 @@ class Library:
                     length = LENGTH - len(prompt)
                     stories.append(ngram.generate(prompt, length, args.temperature, seed))
             elif run != "real":
-                out, *names = run.split("+")
+                out, *names = [run] if os.path.isdir(run) else run.split("+")
                 model, _ = self.model(out)
                 # One generator for all: stories from the same prompt differ.
                 generator = torch.Generator().manual_seed(args.seed)
@@ -591,7 +600,7 @@ def language_model(url, model, first, second):
     key = os.environ.get("JUDGE_KEY", "").strip()
     content = f"{CRITERIA}\n\nStory 1:\n{first}\n\nStory 2:\n{second}\n\n{QUESTION}"
     message = {"role": "user", "content": content}
-    body = json.dumps({"model": model, "temperature": 0, "messages": [message]}).encode()
+    body = json.dumps({"model": model, "messages": [message]}).encode()
     headers = {"Content-Type": "application/json"}
     reason = "the request cannot be sent; check the address and JUDGE_KEY"
     for wait in (1, 4, 16, 60, 0):  # seconds before the next try
@@ -600,7 +609,7 @@ def language_model(url, model, first, second):
             if key:  # for this host alone: a redirect to another does not take it along
                 request.add_unredirected_header("Authorization", f"Bearer {key}")
             try:
-                reply = urllib.request.urlopen(request, timeout=60)
+                reply = urllib.request.urlopen(request, timeout=300)
             except urllib.error.HTTPError as error:
                 reply = error  # that is a reply too
             with reply:
@@ -636,7 +645,8 @@ def judge(library, runs, args):
     if args.judge_url:
         model = os.environ.get("JUDGE_MODEL", "default")
         question = functools.partial(language_model, args.judge_url, model)
-        ask = functools.partial(ask_once, read_answers(), model, question)
+        who = f"{model} at {args.judge_url}"
+        ask = functools.partial(ask_once, read_answers(), who, question)
         ask = functools.partial(in_both_orders, ask)
     pairs = blind_pairs(library, runs, args)
     score = Counter()

@@ -4,6 +4,7 @@ Run: python -m pytest -q; with FAST=1 in the environment the slow ones are left 
 """
 import ast
 import doctest
+import errno
 import functools
 import http.server
 import json
@@ -144,6 +145,16 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path):
         assert script("-c", code).stdout == "None\n"
     assert "None" not in script("-c", code).stdout  # ended without closing it
     assert data.lock(tmp_path / "lock") is not None
+
+
+def test_a_file_system_without_locks_is_good_enough(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    data.lock(tmp_path / "x").close()
 
 
 def test_a_large_file_is_read_only_as_far_as_needed(tmp_path):
@@ -964,15 +975,26 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny_runs, monkeypatch, tm
 
 
 def test_the_plain_transformer_is_told_apart_and_runs_everywhere(tiny_runs, tmp_path, capsys):
-    weights = tiny_runs("p", "--plain", "--steps", 20)
+    weights = tiny_runs("p+q", "--plain", "--steps", 20)
     assert not any(name.startswith(("memory", "pointer", "film")) for name in weights)
     assert "weights and a memory of 0 on cpu" in capsys.readouterr().out
-    model, _ = tiny.load_checkpoint(tmp_path / "p")
+    out = str(tmp_path / "p+q")
+    model, _ = tiny.load_checkpoint(out)
     assert model.config["plain"] and len(model.blocks) == 3
     text = np.frombuffer(b"Once upon a time.", np.uint8)
     assert 1 < tiny.evaluate(model, text) < 8
-    sample.main(["--out", str(tmp_path / "p"), "--n", "1", "--length", "30", "--fuse", "cache"])
+    sample.main(["--out", out, "--n", "1", "--length", "30", "--fuse", "cache"])
     assert len(capsys.readouterr().out) > 30
+    library = sample.Library(sample.parse_arguments(["--out", out, "--n", "1"]))
+    assert len(library.stories(out)) == 1  # a folder, not "p" with a head "q"
+
+
+def test_a_text_that_the_run_was_not_trained_on_is_told(finished, stories_file, long_file, capsys):
+    _, out = finished
+    for name, notices in ((stories_file, 1), (long_file, 0)):
+        options = ["--out", str(out), "--data", str(name)]
+        sample.Library(sample.parse_arguments(options)).fusion(str(out), [])
+        assert capsys.readouterr().err.count("was trained on another text") == notices
 
 
 def test_the_checksum_says_whether_a_text_is_the_runs(tiny_runs, monkeypatch, tmp_path,
@@ -1000,6 +1022,8 @@ def test_no_run_ever_touches_another(tiny_runs, monkeypatch, tmp_path, capsys):
     stop_at(monkeypatch, 2, signal.SIGINT)
     with pytest.raises(SystemExit):
         tiny_runs("b", "--steps", 9)
+    (tmp_path / "c").mkdir()
+    tiny_runs("c", "--steps", 2)  # an empty folder is nobody's
     held = data.lock(tmp_path / "b" / "log.jsonl")  # as the run itself would hold it
     with pytest.raises(data.Problem, match="still going"):
         tiny_runs("b", "--resume", tmp_path / "b")
@@ -1051,6 +1075,9 @@ def test_nan_gradients_are_skipped_and_counted(tiny_runs, monkeypatch, tmp_path,
     model, checkpoint = tiny.load_checkpoint(tmp_path / "b")
     assert checkpoint["training"]["state"]["step"] == 5 + tiny.MOST_NANS
     assert all(p.isfinite().all() for p in model.parameters())
+    # A notebook lives on: Ctrl-C is its own again, and so is the run's folder.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    data.lock(tmp_path / "b" / "log.jsonl").close()
 
 
 @pytest.mark.parametrize("options, words", [
@@ -1221,8 +1248,12 @@ def test_seeds_and_sweep(tmp_path, stories_file):
     assert (tmp_path / "seeds" / "2" / "model.pt").exists()
     recipe = tiny.load_checkpoint(tmp_path / "seeds" / "2")[1]["recipe"]
     assert recipe["seeds"] is None and recipe["seed"] == 2  # --resume goes on with this run alone
-    result = script(*command, "--sweep", 2, "--out", "sweep", cwd=tmp_path)
-    assert result.returncode == 0 and result.stdout.count("'width'") == 2, result.stderr
+    options = ["--sweep", 2, "--set", "width=34", "heads=4"]  # a width that it must mend
+    result = script(*command, *options, "--out", "sweep", cwd=tmp_path)
+    assert result.returncode == 2 and "multiple of 2 x heads" in result.stderr
+    options[3:] = ["heads=4"]
+    result = script(*command, *options, "--out", "sweep", cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.count("'heads': 4") == 2, result.stderr
 
 
 @slow
@@ -1248,15 +1279,27 @@ def test_a_gpu_is_tried_before_its_group_is_joined(monkeypatch):
         return 1.0, 8.0
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set {device}"))
     monkeypatch.setattr(tiny, "try_steps", try_steps)
     monkeypatch.setattr(tiny.dist, "init_process_group", lambda name, **_: calls.append(name))
-    for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1").items():
+    ranks = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
+    for name, value in ranks.items():
         monkeypatch.setenv(name, value)
     args, _ = tiny.parse_arguments([])
     with pytest.raises(ValueError, match="group"):  # there is none, after all
         tiny.train(args, time.monotonic())
     assert calls == ["set cuda:1", "try cpu", "try cuda:1", "nccl"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # one GPU for two processes
+    assert tiny.pick_device("auto").type == "cpu"
+    with pytest.raises(data.Problem, match="not enough"):
+        tiny.pick_device("cuda")
+
+
+def test_a_run_goes_on_with_as_many_processes():
+    run = types.SimpleNamespace(checksums=[1, 2], world=1, args=None)
+    with pytest.raises(data.Problem, match="--nproc_per_node=2"):
+        tiny.Run.check(run, dict(checksums=[1, 2], world=2))
 
 
 JOINT = """
@@ -1622,9 +1665,9 @@ def endpoint(two_runs, tmp_path, monkeypatch, capsys):
         def log_message(self, *_):
             pass
 
-    def judge(*new_faults):
+    def judge(*new_faults, path="v1"):
         faults[:] = new_faults
-        sample.main([*two_runs, "--judge-url", f"http://127.0.0.1:{server.server_port}/v1/"])
+        sample.main([*two_runs, "--judge-url", f"http://127.0.0.1:{server.server_port}/{path}/"])
         return capsys.readouterr().out
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -1653,6 +1696,7 @@ def test_a_language_model_judges_and_faults_are_survived(endpoint, tmp_path):
     assert "b.txt: 5 wins" in result and "order: 0" in result and "p: 0.0625" in result
     assert seen == [("Bearer sk-secret", "stub")] * (4 + 10)
     assert judge() == result and len(seen) == 4 + 10  # nothing is asked twice
+    assert judge(path="v2") == result and len(seen) == 4 + 10 + 10  # but another judge is
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert b"sk-secret" not in written
 
@@ -1736,7 +1780,8 @@ BAD = [  # command, words of the one line that answers it
     ("tiny.py --order 300", ["--order"]), ("tiny.py --order 0 --distill 0.5", ["no teacher"]),
     ("tiny.py --set width=30 heads=4", ["multiple of 2 x heads"]),
     ("tiny.py --set wide=3", ["--set"]),
-    ("tiny.py --set context=7000", ["--set"]), ("tiny.py --set context=33", ["even number"]),
+    ("tiny.py --set context=7000", ["--set"]), ("tiny.py --set context=33", ["context even"]),
+    ("tiny.py --set context=2", ["at least 8"]),
     ("tiny.py --set rate=0", ["--set"]), ("tiny.py --device cuda", ["--device cuda"]),
     ("tiny.py --data stories.txt --out short.txt/run", ["cannot write short.txt/run"]),
     ("tiny.py --resume nowhere", ["no nowhere/model.pt", "train a model first"]),

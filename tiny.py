@@ -531,54 +531,54 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
 
     A temperature per byte is not a temperature per word. Say `park` has 0.25, and four words with b
     have 0.08 each. Sharpened byte by byte, b (0.32) beats p (0.25), and the story goes on with a
-    word that is not the likeliest. So with a temperature T between 0 and 1 several candidates are
+    word that is not the likeliest. So with a temperature t between 0 and 1 several candidates are
     drawn from the model as it is, each up to the byte that ends the word, and one is kept with a
-    probability proportional to p(word)^(1/T - 1). As candidates come in proportion to p(word),
-    this makes p(word)^(1/T), exactly so with infinitely many (importance resampling, Rubin 1987).
+    probability proportional to p(word)^(1/t - 1). As candidates come in proportion to p(word),
+    this makes p(word)^(1/t), exactly so with infinitely many (importance resampling, Rubin 1987).
 
     prompt: bytes; END is put before it. top_p: of each byte. candidates: 1 sharpens byte by byte
-    (as do T = 0 and T >= 1). fuse: a function (p (K, 256), states (K, P, C) of the bytes in the
-    context, ids (K, t) all so far) -> p, that may change the probabilities (sample.py).
+    (as do t = 0 and t >= 1). fuse: a function (p (B, 256), states (B, L, C) of the bytes in the
+    context, ids (B, n) all so far) -> p, that may change the probabilities (sample.py).
 
     When the context is nearly full, its last three quarters are fed again as a new one, so that
     every byte sees at least so much, however long the text.
     """
-    K = candidates
+    B = candidates
     byte_temperature = 1.0
     if not 0 < temperature < 1 or candidates == 1:
-        K = 1
+        B = 1
         byte_temperature = temperature
     longest = min(LONGEST, model.context // 4)
-    ids = torch.tensor([[END, *prompt]]).repeat(K, 1)  # (K, t): the text, the same in each row
+    ids = torch.tensor([[END, *prompt]]).repeat(B, 1)  # (B, n): the text, the same in each row
     fed = model.context
     while True:
         if fed + longest > model.context:
-            cache = model.new_cache(K)
+            cache = model.new_cache(B)
             new = ids
             if ids.shape[1] + longest > model.context:
                 new = ids[:, -3 * model.context // 4 :]
             fed = 0
-        nats = torch.zeros(K)
-        length = torch.zeros(K, dtype=torch.int64)
-        going = torch.ones(K, dtype=torch.bool)
+        nats = torch.zeros(B)
+        length = torch.zeros(B, dtype=torch.int64)
+        going = torch.ones(B, dtype=torch.bool)
         begin = ids.shape[1]
         while going.any() and ids.shape[1] < begin + longest:
             logits, states = model(new, cache)
             fed += new.shape[1]
-            logits = logits[:, -1].cpu().nan_to_num()  # (K, 256); NaN if training diverged
+            logits = logits[:, -1].cpu().nan_to_num()  # (B, 256); NaN if training diverged
             if fuse is not None:
                 states = extend(cache, "states", states)
                 logits = fuse(F.softmax(logits, -1), states, ids).clamp(min=1e-30).log()
-            new = choose(logits, byte_temperature, top_p, generator)[:, None]  # (K, 1)
+            new = choose(logits, byte_temperature, top_p, generator)[:, None]  # (B, 1)
             ids = torch.cat((ids, new), 1)
             nats += going * logits.log_softmax(-1).gather(1, new)[:, 0]
             length += going
             going &= is_letter(new[:, 0])
-        if K > 1:
+        if B > 1:
             row = choose(nats[None] * (1 / temperature - 1), generator=generator).item()
             end = begin + length[row].item()
             fed -= ids.shape[1] - end
-            ids = ids[row, :end].repeat(K, 1)
+            ids = ids[row, :end].repeat(B, 1)
             model.rewind(cache, row, fed)
         new = ids[:, -1:]  # drawn, but not fed yet
         yield bytes(ids[0, begin:].tolist())
@@ -817,12 +817,11 @@ def train(args, start, before=None):
     args: the options; start: the second (time.monotonic) at which the budget begins; before: the
     model and the checkpoint to go on from (--resume).
     """
-    clock = Clock(start)
     prepare_cpu()  # two switches (section 8)
     device = pick_device(args.device)
     rank, world = join_processes(device)
     text = text_from(args, least=args.set.get("context", 512) + 1)
-    clock.start += text.waited  # seconds of download do not count
+    clock = Clock(start + text.waited)  # seconds of download do not count
     run = Run(args, text, rank, clock, before)
     ngram = run.count_ngram()  # the first story, a baseline, and the teacher
     model = run.make_model(device)
@@ -905,6 +904,7 @@ class Run:
         self.signal = None
         self.bad_steps = 0  # in a row
         self.saved = time.monotonic()
+        self.world = int(os.environ.get("WORLD_SIZE", 1))  # processes
         self.state = dict(step=0, progress=0.0, loss=8.0, skipped=0, looks=0, looked=0.0, curve=[],
                           reserve=0.6 * args.minutes)  # seconds kept for the end
         if before is not None:
@@ -919,6 +919,9 @@ class Run:
         if training["checksums"] != self.checksums:
             raise Problem(f"the text is not the one that the run in {self.args.out} began with; "
                           "name that one with --data and --valid")
+        if training["world"] != self.world:
+            raise Problem(f"this run has {training['world']} processes; go on with as many, by "
+                          f"torchrun --nproc_per_node={training['world']} tiny.py --resume ...")
         return training["state"]
 
     def say(self, *words):
@@ -1030,6 +1033,7 @@ class Run:
             state["loss"] += 0.01 * (loss.item() / math.log(2) - state["loss"])
         if self.bad_steps == MOST_NANS:
             self.save()
+            self.close()
             raise Problem(f"{MOST_NANS} steps in a row had NaN or infinite gradients; the model "
                           f"from before is in {self.args.out}. Train with a lower --set rate=0.5")
         self.bar.n = round(100 * state["progress"])
@@ -1085,7 +1089,7 @@ class Run:
             return False
         squares = getattr(self.model.memory, "squares", None)
         training = dict(state=self.state, spent=self.clock(), checksums=self.checksums,
-                        random=torch.get_rng_state(), squares=squares,
+                        world=self.world, random=torch.get_rng_state(), squares=squares,
                         optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
         with suppressed("no checkpoint was written"):
             save_checkpoint(self.args, self.model, {}, training)
@@ -1099,18 +1103,26 @@ class Run:
             return {}
         out = shlex.quote(self.args.out)
         facts = {}
-        if not self.stopped:
-            facts = self.conclude()
-            self.say(f"\nmore stories: python sample.py --out {out}")
-        elif self.save():
-            self.say(f"\ninterrupted after {self.state['step']:,} steps; all is saved in {out}\n"
-                     f"go on: python tiny.py --resume {out}")
-        self.log.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        try:
+            if not self.stopped:
+                facts = self.conclude()
+                self.say(f"\nmore stories: python sample.py --out {out}")
+            elif self.save():
+                self.say(f"\ninterrupted after {self.state['step']:,} steps; all is saved in {out}"
+                         f"\ngo on: python tiny.py --resume {out}")
+        finally:
+            self.close()
         if self.stopped or self.signal is not None:
             sys.exit(128 + (self.signal or signal.SIGTERM))
         return facts
+
+    def close(self):
+        """Give back what `begin` took: a notebook lives on."""
+        with suppressed("cannot write the log"):
+            if self.rank == 0:
+                self.log.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def conclude(self):
         """Evaluate, save, tell a story. -> the closing figures, a dict"""
@@ -1120,7 +1132,8 @@ class Run:
         bytes_seen = state["step"] * self.batches.step_bytes
         facts = dict(val_bpb=round(bpb, 4), ngram_bpb=self.baseline, steps=state["step"],
                      bytes_seen=bytes_seen, skipped_steps=state["skipped"], seed=self.args.seed,
-                     parameters=self.parameters, device=str(self.model.cos.device))
+                     parameters=self.parameters, device=str(self.model.cos.device),
+                     text_crc32=self.checksums[0])
         failure = None
         try:
             save_checkpoint(self.args, self.model, facts)
@@ -1199,14 +1212,16 @@ VERSION = 4  # of the file
 
 
 def new_folder(out):
-    """Make the folder `out`, or if that name is taken out-2, out-3, ...: no run ever touches what
-    another has written, and of two that start together each gets its own. -> its name"""
+    """Make the folder `out`, or if it has something in it out-2, out-3, ...: no run ever touches
+    what another has written, and of two that make one each gets its own. -> its name"""
     name = out
     n = 1
     while True:
         try:
             os.makedirs(name)
         except FileExistsError:
+            if os.path.isdir(name) and not os.listdir(name):
+                return name
             n += 1
             name = f"{out.rstrip(os.sep)}-{n}"
             continue
@@ -1255,7 +1270,8 @@ def load_checkpoint(out, device="cpu"):
         sizes = config["width"] == weights["head.weight"].shape[1]
         if not config["plain"]:
             sizes &= config["rows"] == len(weights["memory.table"])
-        if content["version"] != VERSION or not sizes or config["layers"] > len(weights):
+        sizes &= config["layers"] <= len(weights) and config["context"] <= 4096
+        if content["version"] != VERSION or not sizes:
             raise ValueError("not ours")
         model = GPT(**config)
         model.load_state_dict(weights)
@@ -1272,13 +1288,13 @@ def load_checkpoint(out, device="cpu"):
 # ---- 8. The machine ------------------------------------------------------------------------------
 
 # How large a model, and how many bytes in a step? In a few minutes many small steps teach more than
-# few large ones, until they no longer fill the cores (README, "How large a model?"). rate: a factor
-# for all learning rates. FROM_STEPS: how many steps of the small size must fit the budget.
+# few large ones, until they no longer fill the cores. rate: a factor for all learning rates.
+# FROM_STEPS: how many steps of the small size must fit the budget.
 SIZES = {
     "small": dict(layers=2, heads=4, width=128, context=512, batch=8, rate=1.0),
     "medium": dict(layers=3, heads=4, width=192, context=512, batch=8, rate=1.0),
     "large": dict(layers=6, heads=8, width=384, context=512, batch=32, rate=1.0),
-    "plain": dict(layers=3, heads=4, width=144, context=128, batch=16, rate=1.0, plain=True),
+    "plain": dict(layers=3, heads=4, width=144, context=256, batch=8, rate=1.0, plain=True),
 }
 FROM_STEPS = {"small": 0, "medium": 6_000, "large": 60_000}  # medium and large are guesses
 
@@ -1320,14 +1336,16 @@ def try_steps(setting, device):
 def pick_device(name):
     """'auto', 'cpu', 'cuda' or 'mps' -> torch.device. A GPU must compute what the CPU does, and
     where it was not asked for ('auto') be faster. Raises Problem if there is none."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, each with its own GPU
+    available = {"cuda": torch.cuda.device_count() >= processes and torch.cuda.is_available(),
+                 "mps": processes == 1 and torch.backends.mps.is_available()}
     gpu = name
     if name == "auto":
         gpu = next((gpu for gpu in available if available[gpu]), "cpu")
     if gpu == "cpu":
         return torch.device("cpu")
     if not available[gpu]:
-        raise Problem(f"--device {gpu}: there is none here; use --device cpu, or leave it out")
+        raise Problem(f"--device {gpu}: there are not enough; use --device cpu, or leave it out")
     device = torch.device(gpu)
     if gpu == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1358,6 +1376,7 @@ def pick_size(args, text, device, seconds):
     most = Batches(text, small["batch"], small["context"], 0).last_step
     steps = min(most, seconds / try_steps(small, device)[0])
     name = max((name for name in FROM_STEPS if steps >= FROM_STEPS[name]), key=FROM_STEPS.get)
+    args.size = name
     return SIZES[name], f"size {name}, as {steps:,.0f} steps of the small size fit"
 
 
@@ -1434,8 +1453,8 @@ def parse_arguments(argv=None):
     if args.distill and not args.order:
         parser.error("--order 0 leaves no teacher: leave out --distill")
     setting = SIZES["small"] | SIZES.get(args.size, {}) | args.set
-    if setting["width"] % (2 * setting["heads"]) or setting["context"] % 2:
-        parser.error("--set: width must be a multiple of 2 x heads, context an even number")
+    if setting["width"] % (2 * setting["heads"]) or setting["context"] not in range(8, 4097, 2):
+        parser.error("--set: width must be a multiple of 2 x heads, context even and at least 8")
     return args, None
 
 
@@ -1472,14 +1491,17 @@ def several(args):
     changes = [dict(seed=seed) for seed in range(1, (args.seeds or 0) + 1)]
     for _ in range(args.sweep or 0):
         drawn = {name: draw.choice(values).item() for name, values in DRAWN.items()}
-        changes.append({"set": args.set | drawn})
+        drawn |= args.set
+        drawn["width"] -= drawn["width"] % (2 * drawn["heads"])
+        changes.append({"set": drawn})
     folder = new_folder(args.out)
     scores = []
     lines = []
     for i, change in enumerate(changes, 1):
         one = {"out": os.path.join(folder, str(i)), "seeds": None, "sweep": None}
-        options = vars(args) | change | one
-        facts = train(argparse.Namespace(**options), time.monotonic())
+        run_args = argparse.Namespace(**vars(args) | change | one)
+        facts = train(run_args, time.monotonic())
+        args.size = run_args.size  # chosen once: all runs have the same
         scores.append(facts["val_bpb"])
         lines.append(f"{facts['val_bpb']}\t{facts['steps']} steps\t{change}")
         save(os.path.join(folder, "runs.tsv"), "\n".join(lines).encode())
