@@ -106,7 +106,9 @@ def read(paths, megabytes=math.inf):
         if len(plain) < 0.98 * len(head):
             raise Problem(f"{path} seems to be binary or UTF-16: save it as UTF-8 text")
         if large:
-            content = content.rpartition(SEPARATOR)[0] or content  # up to the end of a story
+            whole = content.rpartition(SEPARATOR)[0]
+            if len(whole) > 0.9 * len(content):
+                content = whole  # up to the end of a story
             used = f"NOTICE: using the first {len(content) / 1e6:,.1f} MB of {path}"
             print(f"{used}. More with --megabytes", file=sys.stderr)
         content = content.removeprefix(b"\xef\xbb\xbf")  # UTF-8's byte order mark
@@ -144,7 +146,7 @@ def lock(path):
     try:
         if os.name == "nt":
             import msvcrt
-            file.seek(0)
+            file.seek(1 << 30)  # a byte that nobody reads
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -174,6 +176,8 @@ def fetch(url, file, version, want):
     gets us the rest if the server still has that text (status 206), or else its new one (200).
     """
     have = file.tell()
+    if have >= want:
+        return
     headers = {"User-Agent": "tiny", "Range": f"bytes={have}-{want - 1}"}
     if have:
         version.seek(0)
@@ -391,7 +395,7 @@ def main():
     for name, array in [("train", text.train), ("valid", text.valid)]:
         print(f"{name}: {len(array):,} bytes, {len(split_stories(array)):,} stories")
     first = b"".join(split_stories(text.valid)[:1])
-    print("\n" + printable(first.decode("utf-8", "replace")))
+    print("\n" + printable(first[:2000].decode("utf-8", "replace")))
 
 
 if __name__ == "__main__":

@@ -1370,8 +1370,10 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(tiny_runs, tmp_p
         path.write_bytes(whole[: len(whole) * part // 8])
         with pytest.raises(data.Problem, match="not a checkpoint"):
             tiny.load_checkpoint(tmp_path / "a")
-    bomb = good | {"config": good["config"] | {"layers": 10**9}}
-    for content in (Evil(), {"weights": 3}, good | {"version": "\x1b[2J"}, bomb):
+    deep = good | {"config": good["config"] | {"layers": 10**9}}
+    wide = good | {"config": good["config"] | {"width": 2**20}}
+    wide["weights"] = good["weights"] | {"head.weight": torch.zeros(1, 1).expand(256, 2**20)}
+    for content in (Evil(), {"weights": 3}, good | {"version": "\x1b[2J"}, deep, wide):
         torch.save(content, path)
         with pytest.raises(data.Problem, match="not a checkpoint") as refusal:
             tiny.load_checkpoint(tmp_path / "a")
@@ -1765,7 +1767,7 @@ def test_length_counts_bytes_after_any_prompt(fused, capsys, prompt, shown):
 
 def test_stories_from_the_same_prompt_differ(fused):
     library = sample.Library(sample.parse_arguments(["--n", "3"]))
-    library.model = lambda out: (fused[0].model, None)
+    library.fusion = lambda out, names: fused[0]
     library.prompts = lambda: ([b"Once upon a time"] * 3, [])
     assert len(set(library.stories("run"))) == 3
 

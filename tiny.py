@@ -713,8 +713,8 @@ def distillation_loss(logits, target, teacher, weight):
     distribution (Hinton et al. 2015). -> scalar, nats per byte (a nat is 1 / ln 2 bits)
 
     One target says what came. The teacher's 256 probabilities say what else could have come and how
-    likely, so each position teaches more: as long as the student knows less than the teacher. It is
-    off unless --distill is given: with the memory that time is short (README).
+    likely, so each position teaches more: as long as the student knows less than the teacher. Off
+    unless --distill is given: it has made no stories better here (README).
     logits (N, 256) nats, target (N,) int64, teacher (N, 256) probabilities
     """
     hard = F.cross_entropy(logits, target)
@@ -823,29 +823,29 @@ def train(args, start, before=None):
     text = text_from(args, least=args.set.get("context", 512) + 1)
     clock = Clock(start + text.waited)  # seconds of download do not count
     run = Run(args, text, rank, clock, before)
-    ngram = run.count_ngram()  # the first story, a baseline, and the teacher
+    teacher = run.count_ngram()  # the first story, a baseline, and the teacher if there is one
     model = run.make_model(device)
     optimizers = make_optimizers(model)
     setting = run.state["setting"]  # sizes, batch, rate: a line of SIZES (section 8)
-    batches = Batches(text.train, setting["batch"], model.context, args.seed, ngram, rank, world)
+    batches = Batches(text.train, setting["batch"], model.context, args.seed, teacher, rank, world)
     net = model
     if world > 1:
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    run.begin(model, optimizers, batches)
-
-    while (progress := run.progress()) < 1:  # 1: the time is over, or the text was read twice
-        step = run.state["step"]
-        ids, teacher = batches.get(step, taught=progress < args.distill)
-        if model.memory is not None:
-            model.memory.second_epoch = step >= batches.per_epoch
-        factor = setting["rate"] * schedule(progress)
-        loss = train_step(net, optimizers, ids, teacher, factor)
-        run.count(loss)  # steps, the progress bar, NaN
-        if run.time_to_look():
-            run.look()  # evaluate, continue PROMPT
-        if run.time_to_save():
-            run.save()
-    return run.finish()
+    with contextlib.closing(run):
+        run.begin(model, optimizers, batches)
+        while (progress := run.progress()) < 1:  # 1: the time is over, or the text was read twice
+            step = run.state["step"]
+            ids, distributions = batches.get(step, taught=progress < args.distill)
+            if model.memory is not None:
+                model.memory.second_epoch = step >= batches.per_epoch
+            factor = setting["rate"] * schedule(progress)
+            loss = train_step(net, optimizers, ids, distributions, factor)
+            run.count(loss)  # steps, the progress bar, NaN
+            if run.time_to_look():
+                run.look()  # evaluate, continue PROMPT
+            if run.time_to_save():
+                run.save()
+        return run.finish()
 
 
 # ==================================================================================================
@@ -901,6 +901,8 @@ class Run:
         self.before = before
         self.length = round(500 * min(2, args.minutes))  # bytes of the story at the end
         self.baseline = None  # the n-gram's bits per byte
+        self.log = None
+        self.handlers = {}
         self.signal = None
         self.bad_steps = 0  # in a row
         self.saved = time.monotonic()
@@ -934,18 +936,20 @@ class Run:
 
     def count_ngram(self):
         """Count an n-gram and let it tell the first story. A teacher must know all of the text; for
-        a baseline 3 MB a minute are enough, some 3 % of the time. -> NGram or None"""
+        a baseline 3 MB a minute are enough, some 3 % of the time. -> the teacher, NGram, or None"""
         args = self.args
         if args.order == 0:
             return None
         counted = self.text.train
         if args.distill == 0:
-            counted = counted[: int(3e6 * max(1, args.minutes))]
+            counted = counted[: int(min(15e6, 3e6 * max(1, args.minutes)))]
         ngram = NGram(args.order).fit(counted)
         self.baseline = round(ngram.bits_per_byte(self.valid), 4)
         self.say(f"\n{self.clock():6.1f} s  n-gram of order {args.order}, "
                  f"{len(counted) / 1e6:.0f} MB counted: {self.baseline:.3f} bits per byte")
         self.say(readable(ngram.generate(PROMPT, 300, 0.8, args.seed)))
+        if args.distill == 0:
+            return None
         return ngram
 
     def make_model(self, device):
@@ -979,7 +983,6 @@ class Run:
             self.log = lock(os.path.join(self.args.out, "log.jsonl"))
             if self.log is None:
                 raise Problem(f"the run in {self.args.out} is still going; wait for it to end")
-        self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other may ask for signals
             self.handlers = {n: signal.signal(n, self.interrupt) for n in STOP_SIGNALS}
         hidden = self.rank > 0 or not sys.stderr.isatty()
@@ -1033,7 +1036,6 @@ class Run:
             state["loss"] += 0.01 * (loss.item() / math.log(2) - state["loss"])
         if self.bad_steps == MOST_NANS:
             self.save()
-            self.close()
             raise Problem(f"{MOST_NANS} steps in a row had NaN or infinite gradients; the model "
                           f"from before is in {self.args.out}. Train with a lower --set rate=0.5")
         self.bar.n = round(100 * state["progress"])
@@ -1073,9 +1075,14 @@ class Run:
         state["looked"] += self.clock() - began
 
     def story(self, prompt, length, candidates=8):
-        """The run's seed decides which story it is. -> str"""
+        """The run's seed decides which story it is. It is cut off where the budget ends. -> str"""
         generator = torch.Generator().manual_seed(self.args.seed)
-        story = write_story(self.model, prompt, length, candidates=candidates, generator=generator)
+        options = length - len(prompt), 0.45, 1.0, candidates, generator
+        story = prompt
+        for word in continuation(self.model, prompt, *options):
+            story += word
+            if not self.args.steps and self.clock() > 60 * self.args.minutes:
+                break
         return readable(story)
 
     def time_to_save(self):
@@ -1092,7 +1099,8 @@ class Run:
                         world=self.world, random=torch.get_rng_state(), squares=squares,
                         optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
         with suppressed("no checkpoint was written"):
-            save_checkpoint(self.args, self.model, {}, training)
+            facts = dict(text_crc32=self.checksums[0])
+            save_checkpoint(self.args, self.model, facts, training)
             return True
         return False
 
@@ -1101,17 +1109,14 @@ class Run:
         self.bar.close()
         if self.rank > 0:
             return {}
-        out = shlex.quote(self.args.out)
+        out = shlex.quote(self.args.out.replace(os.sep, "/"))
         facts = {}
-        try:
-            if not self.stopped:
-                facts = self.conclude()
-                self.say(f"\nmore stories: python sample.py --out {out}")
-            elif self.save():
-                self.say(f"\ninterrupted after {self.state['step']:,} steps; all is saved in {out}"
-                         f"\ngo on: python tiny.py --resume {out}")
-        finally:
-            self.close()
+        if not self.stopped:
+            facts = self.conclude()
+            self.say(f"\nmore stories: python sample.py --out {out}")
+        elif self.save():
+            self.say(f"\ninterrupted after {self.state['step']:,} steps; all is saved in {out}\n"
+                     f"go on: python tiny.py --resume {out}")
         if self.stopped or self.signal is not None:
             sys.exit(128 + (self.signal or signal.SIGTERM))
         return facts
@@ -1119,7 +1124,7 @@ class Run:
     def close(self):
         """Give back what `begin` took: a notebook lives on."""
         with suppressed("cannot write the log"):
-            if self.rank == 0:
+            if self.log is not None:
                 self.log.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -1214,7 +1219,7 @@ VERSION = 4  # of the file
 def new_folder(out):
     """Make the folder `out`, or if it has something in it out-2, out-3, ...: no run ever touches
     what another has written, and of two that make one each gets its own. -> its name"""
-    name = out
+    name = out = os.path.normpath(out)
     n = 1
     while True:
         try:
@@ -1223,7 +1228,7 @@ def new_folder(out):
             if os.path.isdir(name) and not os.listdir(name):
                 return name
             n += 1
-            name = f"{out.rstrip(os.sep)}-{n}"
+            name = f"{out}-{n}"
             continue
         except OSError as error:
             raise Problem(f"cannot write {name}: {error.strerror}; name another --out") from None
@@ -1266,12 +1271,13 @@ def load_checkpoint(out, device="cpu"):
         content = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
         weights = content.pop("weights")
         config = content["config"]
-        # Nothing is built whose size the file itself does not have.
-        sizes = config["width"] == weights["head.weight"].shape[1]
-        if not config["plain"]:
-            sizes &= config["rows"] == len(weights["memory.table"])
-        sizes &= config["layers"] <= len(weights) and config["context"] <= 4096
-        if content["version"] != VERSION or not sizes:
+        small = config["layers"] <= len(weights) and config["context"] <= 4096
+        if content["version"] != VERSION or not small:
+            raise ValueError("not ours")
+        # Nothing is built whose size the file itself does not have; on "meta" nothing is allocated.
+        with torch.device("meta"):
+            expected = {name: w.shape for name, w in GPT(**config).state_dict().items()}
+        if expected != {name: w.shape for name, w in weights.items() if w.is_contiguous()}:
             raise ValueError("not ours")
         model = GPT(**config)
         model.load_state_dict(weights)
@@ -1492,7 +1498,8 @@ def several(args):
     for _ in range(args.sweep or 0):
         drawn = {name: draw.choice(values).item() for name, values in DRAWN.items()}
         drawn |= args.set
-        drawn["width"] -= drawn["width"] % (2 * drawn["heads"])
+        pairs = max(1, drawn["width"] // (2 * drawn["heads"]))
+        drawn["width"] = 2 * drawn["heads"] * pairs
         changes.append({"set": drawn})
     folder = new_folder(args.out)
     scores = []
