@@ -1036,22 +1036,27 @@ def test_killed_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, storie
     code = ("import functools, sys, tiny; tiny.GPT = functools.partial(tiny.GPT, rows=2**10); "
             "tiny.SAVE_EVERY = 0; tiny.main(sys.argv[1:])")
     random = np.random.default_rng(0)
-    loaded = 0
-    for i in range(10):
-        out = tmp_path / str(i)
+    env = os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
+
+    def start(out):
         command = [sys.executable, "-c", code, "--data", stories_file, "--out", out, *SMALL]
         command += ["--order", 0, "--minutes", 5]
-        env = os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL) as run:
+        return subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.DEVNULL)
+
+    loaded = 0
+    for i in range(5):  # two at a time, as most of it is starting up
+        runs = {out: start(out) for out in (tmp_path / f"{i}a", tmp_path / f"{i}b")}
+        for out, run in runs.items():
             while not out.exists() and run.poll() is None:
                 time.sleep(0.01)
             time.sleep(random.uniform(0.3, 1.5))
             run.kill()
-        if (out / "model.pt").exists():
-            model, checkpoint = tiny.load_checkpoint(out)
-            assert checkpoint["training"]["state"]["step"] > 0
-            assert all(p.isfinite().all() for p in model.parameters())
-            loaded += 1
+            run.wait()
+            if (out / "model.pt").exists():
+                model, checkpoint = tiny.load_checkpoint(out)
+                assert checkpoint["training"]["state"]["step"] > 0
+                assert all(p.isfinite().all() for p in model.parameters())
+                loaded += 1
     assert loaded > 3
 
 
@@ -1292,7 +1297,7 @@ def test_a_gpu_is_tried_before_its_group_is_joined(monkeypatch):
     assert calls == ["set cuda:1", "try cpu", "try cuda:1", "nccl"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # one GPU for two processes
     assert tiny.pick_device("auto").type == "cpu"
-    with pytest.raises(data.Problem, match="not enough"):
+    with pytest.raises(data.Problem, match="none here"):
         tiny.pick_device("cuda")
 
 

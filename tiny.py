@@ -1351,7 +1351,7 @@ def pick_device(name):
     if gpu == "cpu":
         return torch.device("cpu")
     if not available[gpu]:
-        raise Problem(f"--device {gpu}: there are not enough; use --device cpu, or leave it out")
+        raise Problem(f"--device {gpu}: there is none here for each process; use --device cpu")
     device = torch.device(gpu)
     if gpu == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
