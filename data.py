@@ -336,7 +336,7 @@ def load(files=None, valid=None, megabytes=100, cache="cache", least=2):
 
 
 def warn_of_overlap(train, held_out):
-    """Whoever has learned the answers is not examined by them."""
+    """Print a notice where validation stories stand in the training text too, word for word."""
     stories = split_stories(held_out)
     known = set(stories).intersection(split_stories(train))
     share = sum(story in known for story in stories) / max(1, len(stories))

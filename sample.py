@@ -45,8 +45,8 @@ from tqdm import tqdm
 import data
 from data import END, Problem, printable, split_stories
 from ngram import NGram, mixture_weights
-from tiny import continuation, evaluation_windows, load_checkpoint, pick_device, prepare_cpu
-from tiny import trusted_recipe, write_story
+from tiny import TEMPERATURE, continuation, evaluation_windows, load_checkpoint, pick_device
+from tiny import prepare_cpu, trusted_recipe, write_story
 
 
 # ---- 1. Heads: several opinions about the next byte ----------------------------------------------
@@ -194,7 +194,7 @@ class Fusion:
     def __call__(self, p, states, ids):
         """The mixture after each byte of tiny.generate: p (B, 256) -> (B, 256).
 
-        states (B, P + 1, C): of the L bytes in the context; ids (B, n): all bytes so far.
+        states (B, P + 1, C): of the bytes in the context; ids (B, n): all bytes so far.
         """
         states = states.cpu()
         past = states[:, :-1]  # (B, P, C)
@@ -257,8 +257,7 @@ def grams(items, n):
 
 
 class Reference:
-    """What a training text says of its language: names, nouns, words doubled on purpose, 8-grams.
-    """
+    """What a training text says of its language: names, nouns, intended doubled words, 8-grams."""
 
     def __init__(self, text):
         """text: (n,) uint8"""
@@ -285,6 +284,7 @@ class Reference:
         for word, count in capitalised.items():
             if word.isalpha() and len(word) >= 3 and count >= 5 and count > 0.9 * inside[word]:
                 self.names.add(word)
+        # Nouns: an article before more than half of them, a mark behind more than a quarter.
         self.nouns = set()
         for word, count in inside.items():
             if len(word) >= 3 and count >= 10 and min(2 * articles[word], 4 * marks[word]) > count:
@@ -295,12 +295,23 @@ class Reference:
         found = [word for word in WORD.findall(text) if word[0].isupper()]
         return {word.lower().removesuffix("'s") for word in found} & self.names
 
+    def nouns_of(self, text):
+        """The nouns in a text, in lower case."""
+        return self.nouns & set(words(text))
+
 
 def percent(part, whole):
     """None where there is no whole to have a part of."""
     if not whole:
         return None
     return 100 * part / whole
+
+
+def returning(find, story):
+    """Share of what `find` finds in the story's first third that it finds in the last, too, %."""
+    third = len(story) // 3
+    first = find(story[:third])
+    return percent(len(first & find(story[-third:])), len(first))
 
 
 # Each row is a function (story, Reference) -> number, or None where the story gives no occasion.
@@ -325,17 +336,13 @@ def quotes_close(story, ref):
 def names_return(story, ref):
     """Share of the names in the first third that come back in the last, %. Catches forgotten
     heroes; not what they are doing there."""
-    third = len(story) // 3
-    names = ref.names_of(story[:third])
-    return percent(len(names & ref.names_of(story[-third:])), len(names))
+    return returning(ref.names_of, story)
 
 
 def nouns_return(story, ref):
     """The same for nouns ("kite", "cave"). Catches a plot that drifts off; not whether the kite is
     still broken."""
-    third = len(story) // 3
-    nouns = ref.nouns & set(words(story[:third]))
-    return percent(len(nouns & set(words(story[-third:]))), len(nouns))
+    return returning(ref.nouns_of, story)
 
 
 def repeated_4(story, ref):
@@ -734,8 +741,8 @@ def parse_arguments(argv=None):
     add("--n", type=number(int, 1), metavar="N", help="stories (default: 5; of each RUN: 40)")
     add("--length", type=number(int, 1), default=2000, metavar="N",
         help="bytes of a story after the prompt (default: 2000)")
-    add("--temperature", type=number(float, 0, 100), default=0.45, metavar="T",
-        help="below 1: safer, 0: always the likeliest byte (default: 0.45)")
+    add("--temperature", type=number(float, 0, 100), default=TEMPERATURE, metavar="T",
+        help="below 1: safer, 0: always the likeliest byte (default: %(default)s)")
     add("--top-p", type=number(float, 0, 1, above=True), default=1.0, metavar="P",
         help="draw from the likeliest bytes that have this probability together (default: 1)")
     add("--candidates", type=number(int, 1, 1000), default=8, metavar="N",

@@ -523,6 +523,7 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
 
 
 LONGEST = 24  # bytes that are drawn before a candidate is chosen, at most
+TEMPERATURE = 0.45  # blind readers preferred it to 0.6, that to 0.8 and that to 1
 
 
 @torch.inference_mode()
@@ -594,12 +595,9 @@ def continuation(model, prompt, length, *options):
             return
 
 
-def write_story(model, prompt, length=1000, temperature=0.45, top_p=1.0, candidates=8,
+def write_story(model, prompt, length=1000, temperature=TEMPERATURE, top_p=1.0, candidates=8,
                 generator=None, fuse=None):
-    """Continue a prompt to END or to `length` bytes in all. -> bytes
-
-    temperature: blind readers preferred 0.45 to 0.6, that to 0.8 and that to 1.
-    """
+    """Continue a prompt to END or to `length` bytes in all. -> bytes"""
     prompt = prompt[:length]
     left = length - len(prompt)
     options = temperature, top_p, candidates, generator, fuse
@@ -822,7 +820,7 @@ def train(args, start, before=None):
     rank, world = join_processes(device)
     text = text_from(args, least=args.set.get("context", 512) + 1)
     clock = Clock(start + text.waited)  # seconds of download do not count
-    run = Run(args, text, rank, clock, before)
+    run = Run(args, text, rank, world, clock, before)
     teacher = run.count_ngram()  # the first story, a baseline, and the teacher if there is one
     model = run.make_model(device)
     optimizers = make_optimizers(model)
@@ -891,12 +889,13 @@ class Clock:
 class Run:
     """What a training run keeps beside the model; `state` is what a checkpoint must hold of it."""
 
-    def __init__(self, args, text, rank, clock, before):
+    def __init__(self, args, text, rank, world, clock, before):
         self.args = args
         self.text = text
         self.valid = text.valid[:VALIDATED]
         self.checksums = [zlib.crc32(text.train), zlib.crc32(text.valid)]
         self.rank = rank
+        self.world = world  # processes
         self.clock = clock
         self.before = before
         self.length = round(500 * min(2, args.minutes))  # bytes of the story at the end
@@ -906,7 +905,6 @@ class Run:
         self.signal = None
         self.bad_steps = 0  # in a row
         self.saved = time.monotonic()
-        self.world = int(os.environ.get("WORLD_SIZE", 1))  # processes
         self.state = dict(step=0, progress=0.0, loss=8.0, skipped=0, looks=0, looked=0.0, curve=[],
                           reserve=0.6 * args.minutes)  # seconds kept for the end
         if before is not None:
@@ -1077,7 +1075,7 @@ class Run:
     def story(self, prompt, length, candidates=8):
         """The run's seed decides which story it is. It is cut off where the budget ends. -> str"""
         generator = torch.Generator().manual_seed(self.args.seed)
-        options = length - len(prompt), 0.45, 1.0, candidates, generator
+        options = length - len(prompt), TEMPERATURE, 1.0, candidates, generator
         story = prompt
         for word in continuation(self.model, prompt, *options):
             story += word
@@ -1374,7 +1372,8 @@ def pick_device(name):
 def pick_size(args, text, device, seconds):
     """The largest size whose FROM_STEPS this machine and this text allow. -> its settings, a reason
 
-    Nothing is timed where there is nothing to choose."""
+    args.size becomes its name, so that several runs choose once. Nothing is timed where there is
+    nothing to choose."""
     if args.size != "auto" or args.steps or args.set or dist.is_initialized():
         name = args.size.replace("auto", "small")
         return SIZES[name] | args.set, f"size {name}"
@@ -1498,7 +1497,7 @@ def several(args):
     for _ in range(args.sweep or 0):
         drawn = {name: draw.choice(values).item() for name, values in DRAWN.items()}
         drawn |= args.set
-        pairs = max(1, drawn["width"] // (2 * drawn["heads"]))
+        pairs = max(1, drawn["width"] // (2 * drawn["heads"]))  # heads that are given must fit
         drawn["width"] = 2 * drawn["heads"] * pairs
         changes.append({"set": drawn})
     folder = new_folder(args.out)
@@ -1508,7 +1507,7 @@ def several(args):
         one = {"out": os.path.join(folder, str(i)), "seeds": None, "sweep": None}
         run_args = argparse.Namespace(**vars(args) | change | one)
         facts = train(run_args, time.monotonic())
-        args.size = run_args.size  # chosen once: all runs have the same
+        args.size = run_args.size
         scores.append(facts["val_bpb"])
         lines.append(f"{facts['val_bpb']}\t{facts['steps']} steps\t{change}")
         save(os.path.join(folder, "runs.tsv"), "\n".join(lines).encode())
