@@ -38,8 +38,6 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -47,6 +45,9 @@ from data import END, Problem, printable, split_stories
 from ngram import NGram, mixture_weights
 from tiny import TEMPERATURE, continuation, evaluation_windows, load_checkpoint, pick_device
 from tiny import prepare_cpu, trusted_recipe, write_story
+
+import torch  # after tiny, which says how its threads wait
+import torch.nn.functional as F
 
 
 # ---- 1. Heads: several opinions about the next byte ----------------------------------------------

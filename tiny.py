@@ -14,9 +14,15 @@ Axes: B windows of text in a batch, T bytes in a window (L with the earlier ones
 knows), W words in it, C the model's width, H attention heads, D = C / H the width of a head, K
 kinds of context that the memory looks up.
 """
+import os
 import time
 
 START = time.monotonic()  # the budget counts everything, the slow imports below included
+
+# PyTorch's threads wait for each other by spinning. Where another process has the core that one of
+# them needs, the others burn theirs: a step took 20 times as long. So they shall soon give up; this
+# costs 4 % where nothing else runs. It must be set before torch is imported. (Linux only.)
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import contextlib
@@ -24,7 +30,6 @@ import ctypes
 import io
 import json
 import math
-import os
 import shlex
 import signal
 import sys
@@ -979,7 +984,8 @@ class Run:
             if self.before is None:
                 self.args.out = new_folder(self.args.out)
             self.log = lock(os.path.join(self.args.out, "log.jsonl"))
-            if self.log is None:
+            ended = self.before is not None and self.before[1]["written"] != written(self.args.out)
+            if self.log is None or ended:
                 raise Problem(f"the run in {self.args.out} is still going; wait for it to end")
         if threading.current_thread() is threading.main_thread():  # no other may ask for signals
             self.handlers = {n: signal.signal(n, self.interrupt) for n in STOP_SIGNALS}
@@ -1257,8 +1263,13 @@ def save_checkpoint(args, model, facts, training=None):
     save(os.path.join(args.out, "model.pt"), buffer.getbuffer())
 
 
+def written(out):
+    """When the checkpoint in the folder `out` was written, nanoseconds"""
+    return os.stat(os.path.join(out, "model.pt")).st_mtime_ns
+
+
 def load_checkpoint(out, device="cpu"):
-    """The model in the folder `out` -> GPT, {"facts", "recipe", "training", "made_here"}
+    """The model in the folder `out` -> GPT, {"facts", "recipe", "training", "made_here", "written"}
 
     made_here: whether this very folder was written by a run. Raises Problem if there is no model or
     it is not one of ours.
@@ -1266,6 +1277,7 @@ def load_checkpoint(out, device="cpu"):
     path = os.path.join(out, "model.pt")
     shown = printable(path)
     try:
+        time_of_writing = written(out)
         content = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
         weights = content.pop("weights")
         config = content["config"]
@@ -1280,6 +1292,7 @@ def load_checkpoint(out, device="cpu"):
         model = GPT(**config)
         model.load_state_dict(weights)
         content["made_here"] = content["folder"] == os.stat(out).st_ino
+        content["written"] = time_of_writing
     except FileNotFoundError:
         raise Problem(f"no {shown}; train a model first: python tiny.py --minutes 5") from None
     except OSError as error:
