@@ -30,7 +30,7 @@ END = 0  # the byte that stands for SEPARATOR in memory: text has no other use f
 
 def encode(text):
     """bytes -> (n,) uint8. SEPARATOR, with a line break on each side if it has one, becomes END."""
-    text = text.replace(b"\0", b"")  # would look like the end of a story
+    text = text.replace(b"\0", b"")  # a byte 0 would look like the end of a story
     return np.frombuffer(re.sub(rb"(\r?\n)?<\|endoftext\|>(\r?\n)?", b"\0", text), np.uint8)
 
 
@@ -52,12 +52,6 @@ def split(text):
     if len(ends):
         at = ends[np.abs(ends - at).argmin()] + 1
     return text[:at], text[at:]
-
-
-def printable(text):
-    """str -> str that is safe to show: what can drive a terminal becomes U+FFFD; "\\r" goes."""
-    unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-    return re.sub(unsafe, "\ufffd", text.replace("\r", ""))
 
 
 # ==================================================================================================
@@ -86,6 +80,12 @@ def run(main):
         sys.exit(f"error: {problem}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
+
+
+def printable(text):
+    """str -> str that is safe to show: what can drive a terminal becomes U+FFFD; "\\r" goes."""
+    unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(unsafe, "\ufffd", text.replace("\r", ""))
 
 
 def read(paths, megabytes=math.inf):

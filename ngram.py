@@ -8,8 +8,8 @@ bytes?" instead of "how often?". The one command:
 
 Terms (Chen & Goodman, "An empirical study of smoothing techniques for language modeling", 1999):
 an *n-gram* is n bytes in a row. Its last byte is the *follower* w, the n-1 bytes before it are the
-*context* h. A model's *order* is the longest n it uses. Axes of the arrays: E followers of a
-context; from section 3 on also N positions asked about, R of them with a context that is known.
+*context* h. A model's *order* is the longest n it uses. Arrays have one axis E for the followers
+of a context.
 """
 import argparse
 import os
@@ -37,8 +37,10 @@ END = 0  # the byte between stories; no context reaches back beyond it
 #     denominator  c(h) + added
 #     h'           h without its farthest byte; below order 1 stands the uniform p_0 = 1/256
 #
-# What is taken here is handed down there, so each distribution sums to 1; the literature calls it
-# interpolation with the lower order. "quick brown f" may be new, but "brown f" was seen, and if
+# Say h was seen 4 times, 3 times before "a" and once before "b", and the discount is 0.75. Then "a"
+# has 2.25 / 4 and "b" 0.25 / 4 for sure, and 1.5 / 4 are handed down: p_{n-1} shares them out among
+# all bytes. So each distribution sums to 1; the literature calls it interpolation with the lower
+# order. "quick brown f" may be new, but "brown f" was seen, and if
 # not, "n f". A context that was never seen hands down everything. The models differ in `smooth`,
 # and both Kneser-Neys in what they count (section 2).
 
@@ -59,7 +61,7 @@ class Textbook:
         self.smoothing = smoothing
         positions = [i for i in range(len(text)) if i != left_out]
         counts = {}  # counts[n][h, w]: the count of w after the n-1 bytes h
-        for n in range(order, 0, -1):
+        for n in range(order, 0, -1):  # downwards: Kneser-Ney counts n-grams in the longer ones
             if n < order and smoothing in KNESER_NEY:
                 counts[n] = continuation_counts(counts[n + 1])
             else:
@@ -103,11 +105,11 @@ def orders_mixed(smoothing, order):
 
 
 def smooth(smoothing, count, different, constants):
-    """All that the smoothings differ in. -> discount (E,), added
+    """What each smoothing takes and adds. -> discount (E,), added
 
-    count (E,) integers: how often each follower was met. Section 1 passes those of one context,
-    section 4 those of R contexts at once. different: how many different followers a context has, a
-    number or (R,); added likewise. constants (4,): see `discounts`."""
+    count (E,) integers: how often each follower was met. different: how many different followers
+    there are. constants (4,): see `discounts`. (Section 4 passes the followers of R contexts at
+    once, side by side; there `different` and `added` are (R,).)"""
     none = np.zeros(len(count))
     if smoothing == "maximum-likelihood":  # nothing: what was never seen is impossible
         return none, 0
@@ -126,9 +128,10 @@ def smooth(smoothing, count, different, constants):
 def discounts(smoothing, count):
     """What counts of 0, 1, 2, and 3 or more give up. count: of all n-grams of an order. -> (4,)
 
-    Estimated from how many n-grams were met once, twice, ... (Chen & Goodman 1999, equations 17
-    and 26). Kept between 0.01, as new text must stay possible, and the count itself.
-    (Jelinek-Mercer's is a share of the count, four times the same.)"""
+    An n-gram that was met c times here can be expected (c + 1) * met[c + 1] / met[c] times in
+    another text as long (Good 1953); what it has more than that is the discount. (Chen & Goodman
+    1999, equations 17 and 26, with a correction y.) Kept between 0.01, as new text must stay
+    possible, and the count itself."""
     if smoothing == "jelinek-mercer":  # a share of the count; the fast model learns a better one
         return np.full(4, 0.5)
     met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # [c]: n-grams met c times
@@ -136,8 +139,8 @@ def discounts(smoothing, count):
     found = np.array([0, y, y, y])
     if smoothing == "modified-kneser-ney":
         for c in (1, 2, 3):
-            once_more = (c + 1) * met[c + 1] / max(1, met[c])
-            found[c] = c - y * once_more
+            expected = (c + 1) * met[c + 1] / max(1, met[c])
+            found[c] = c - y * expected
     return found.clip([0, 0.01, 0.01, 0.01], [0, 1, 2, 3])
 
 
@@ -172,6 +175,8 @@ def continuation_counts(longer):
 
 
 # ---- 3. Contexts as numbers ----------------------------------------------------------------------
+# Further axes: N positions asked about, R of them with a context that is known.
+#
 # The context of t bytes before position i becomes one 64-bit number:
 #
 #     hash = sum over s = 1 ... t of (data[i-s] + 1) * ODD^s      modulo 2^64

@@ -52,7 +52,7 @@ import torch.nn.functional as F
 
 # ---- 1. Heads: several opinions about the next byte ----------------------------------------------
 
-# A head (not one of attention) turns a Moment into a full distribution, (B, 256), rows sum to 1.
+# A head (not an attention head) turns a Moment into a full distribution, (B, 256), rows sum to 1.
 
 DATASTORE = 100_000  # bytes of the training text whose states are kept
 NEIGHBORS = 64  # entries of it that vote
@@ -122,12 +122,10 @@ class Fusion:
     Shallow fusion usually mixes logarithms at decoding; here it is linear interpolation of
     probabilities, a mixture.
 
-    Each head knows something that the others do not, so the mixture needs fewer bits: with n-gram,
-    kNN and cache the plain transformer's 1.28 bits per byte become 1.08. And its stories get worse:
-    readers prefer those of the transformer alone, 59 : 25. Our reading: more than two thirds of the
-    mixture are the n-gram now. It knows better which letters follow these letters, which is most of
-    a byte's bits, and after a dozen bytes has forgotten whom the story is about, which is hardly
-    any. The default, which knows the letters as well, gives the n-gram 0.07 (README).
+    Each head knows something that the others do not, so the mixture needs fewer bits; and the plain
+    transformer's stories get worse (README). Our reading: more than two thirds of the mixture are
+    the n-gram then. It knows better which letters follow these letters, which is most of a byte's
+    bits, and after a dozen bytes has forgotten whom the story is about, which is hardly any.
     """
     NAMES = ("ngram", "knn", "cache")
 
@@ -195,7 +193,8 @@ class Fusion:
     def __call__(self, p, states, ids):
         """The mixture after each byte of tiny.generate: p (B, 256) -> (B, 256).
 
-        states (B, P + 1, C): of the bytes in the context; ids (B, n): all bytes so far.
+        states (B, P + 1, C): of the bytes in the context; ids (B, n): all bytes so far. It makes
+        the same Moment as `moments`, of the last position alone.
         """
         states = states.cpu()
         past = states[:, :-1]  # (B, P, C)
@@ -207,8 +206,9 @@ class Fusion:
 
 
 def split_validation(valid):
-    """-> the validation bytes that are scored, and as many others to learn the weights on"""
-    middle = min(300_000, len(valid) // 2)  # prompts come from before it: no weight sees them
+    """-> the validation bytes that are scored, and as many others to learn the weights on: from
+    behind the middle, as the stories that lend their beginnings as prompts come before it"""
+    middle = min(300_000, len(valid) // 2)
     return valid[:middle][:100_000], valid[middle:][:100_000]
 
 
@@ -258,7 +258,9 @@ def grams(items, n):
 
 
 class Reference:
-    """What a training text says of its language: names, nouns, intended doubled words, 8-grams."""
+    """What a training text says of its language. names: words that are nearly always capitalised;
+    nouns: words with an article before and a mark behind; style: words that are doubled on purpose;
+    grams: its word 8-grams, as hashes."""
 
     def __init__(self, text):
         """text: (n,) uint8"""

@@ -1099,6 +1099,7 @@ def test_nan_gradients_are_skipped_and_counted(tiny_runs, monkeypatch, tmp_path,
         return ids, teacher
 
     monkeypatch.setattr(tiny.Batches, "get", poisoned)
+    ctrl_c = signal.getsignal(signal.SIGINT)
     weights = tiny_runs("a", "--steps", 12, "--distill", 1)
     assert "skipped_steps: 2\n" in capsys.readouterr().out
     assert all(w.isfinite().all() for w in weights.values())
@@ -1109,7 +1110,7 @@ def test_nan_gradients_are_skipped_and_counted(tiny_runs, monkeypatch, tmp_path,
     assert checkpoint["training"]["state"]["step"] == 5 + tiny.MOST_NANS
     assert all(p.isfinite().all() for p in model.parameters())
     # A notebook lives on: Ctrl-C is its own again, and so is the run's folder.
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is ctrl_c
     data.lock(tmp_path / "b" / "log.jsonl").close()
 
 

@@ -19,9 +19,8 @@ import time
 
 START = time.monotonic()  # the budget counts everything, the slow imports below included
 
-# PyTorch's threads wait for each other by spinning. Where another process has the core that one of
-# them needs, the others burn theirs: a step took 20 times as long. So they shall soon give up; this
-# costs 4 % where nothing else runs. It must be set before torch is imported. (Linux only.)
+# PyTorch's threads spin while they wait for each other. Beside another process that made steps up
+# to 20 times as slow; to give up sooner costs 4 % where nothing else runs. (Before `import torch`.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -85,8 +84,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, kv=None, slot=None):
         """x (B, W, C) -> (B, W, C)
 
-        kv: None, or a KV cache: room for the keys and values of S words, (2, B, S, H, D). The words
-        of x are put into it at `slot`, (B, W) int64, and see all that is there up to themselves.
+        Only for generation: kv, a KV cache, has room for the keys and values of S words, (2, B, S,
+        H, D). The words of x go into it at `slot`, (B, W) int64, and see all up to themselves.
         """
         B, W, C = x.shape
         q, k, v = self.qkv(x).view(B, W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, W, D)
@@ -211,14 +210,14 @@ class Memory(nn.Module):
 
     When a text is read a second time, the row of a context that was seen in a single place leaks
     which byte came there, and the model learns to trust what says nothing about new text. So the
-    memory counts at how many steps of the first epoch each context was seen (once a step: an
-    assignment to the same counter twice is one), and uses its row, to look it up and to learn it,
-    only where the context was seen elsewhere:
+    rule is: a row is used, to look it up and to learn it, only where its context was seen somewhere
+    else. The memory counts at how many steps of the first epoch each context was seen (once a step:
+    an assignment to the same counter twice is one), and asks for
 
-        first epoch     counted at least once: at an earlier step
-        later epochs    at least 3 times (counting has stopped): one is this very place, so two
-                        were others. One other would do in principle; two were better.
-        not training    at least once
+        first epoch     1 or more: earlier steps were elsewhere
+        later epochs    3 or more: this very place is among those counted, so at least two others
+                        are. (One other would do in principle; two were better.)
+        not training    1 or more
 
     Rare contexts, which are most, do not fill the table either (McMahan et al. 2013).
 
@@ -255,7 +254,7 @@ class Memory(nn.Module):
         row = counter >> self.shift
         out = F.embedding_bag(row, self.table, mode="sum", per_sample_weights=known)
         if training:
-            out.requires_grad_()  # here `backward` stops, and leaves the gradient in out.grad
+            out.requires_grad_()  # a leaf: `backward` ends here and leaves the gradient in out.grad
             self.used = counter, known, out
         return out
 
@@ -328,8 +327,9 @@ class Pointer(nn.Module):
         P(letters) = a_0 p_head(letters) + the sum of the a_i of all words that begin with them
 
     (a word that is spelled out gives its share to the head, which says what follows it), and a
-    letter c has P(letters so far + c) / P(letters so far). While letters come, words that do not
-    begin with them fall out, and those that do gain weight against the spelling:
+    letter c has P(letters so far + c) / P(letters so far). (The division is left to softmax, which
+    makes any numbers sum to 1.) While letters come, words that do not begin with them fall out, and
+    those that do gain weight against the spelling:
 
         "Lily saw Tim. Ti"    Lily and saw are out; a(Tim) is for m;
                               a_0 p_head(Ti), by now a small number, for what the head says
@@ -356,7 +356,7 @@ class Pointer(nn.Module):
         length = (end - first).clamp(min=0)[:, None]  # (B, 1, W) letters
         gap = gap[:, L - T :]
         size = (position[L - T :] - gap)[:, :, None]  # (B, T, 1): letters of the word so far
-        begun = gap.clamp(min=0)  # (B, T): where the shares of that word were made
+        begun = gap.clamp(min=0)  # (B, T): the byte before the word; there its shares are made
 
         query = take(extend(cache, "query", self.query(states)), begun)
         score = query[..., 1:] @ self.key(words).mT / self.key.out_features**0.5  # (B, T, W)
@@ -375,7 +375,8 @@ class Pointer(nn.Module):
         share_fits = share[..., 1:] * fits
         over = size >= length  # spelled out: what follows a word is not copied
 
-        # The probability that the head gave to the letters so far.
+        # The probability that the head gave to the letters so far. (cache["p"] is what it said last
+        # time, about the first byte of ids that is new.)
         given = p[:, :-1].gather(2, ids[:, L - T + 1 :, None])[:, :, 0]
         given = F.pad(given, (1, 0), value=1.0)
         if cache is not None:
@@ -439,7 +440,7 @@ class GPT(nn.Module):
         L = T
         if cache is not None and "ids" in cache["bytes"]:
             L += cache["bytes"]["ids"].shape[1]
-        if L > self.context or L > T > 1:
+        if L > self.context or L > T > 1:  # several bytes at once only into an empty cache
             raise ValueError(f"{T} bytes after {L - T} do not fit the context of {self.context}")
         seen = extend(cache, "ids", ids)  # (B, L)
         x = self.byte(ids)  # (B, T, C)
@@ -462,8 +463,10 @@ class GPT(nn.Module):
         """Run the layers over the words that the last T bytes complete: x (B, T, C) -> the states
         of all W words, (B, W + 1, C); before them a row of zeros, for bytes before the first word.
 
-        With a cache some texts may complete a word while others do not. All go through the layers;
-        what comes out where no word ended is overwritten by the text's next word.
+        With a cache some texts may complete a word while others do not. Say each has 3 words, done
+        (3, 3), and the next byte is a space in the first text, a letter in the second. Then new is
+        1 and slot (3, 3): both go through the layers as word number 3, and what comes out of the
+        second's, which has not ended, will be overwritten when it has.
         """
         B, T, _ = x.shape
         L = complete.shape[1]
@@ -503,7 +506,7 @@ class GPT(nn.Module):
         B = len(cache["words"])
         for name, x in cache["bytes"].items():
             cache["bytes"][name] = x[row, :length].expand(B, *x[row, :length].shape)
-        for x in (cache["words"][None], *cache["layers"]):  # as many words as bytes at most
+        for x in (cache["words"][None], *cache["layers"]):  # (1 or 2, B, words, ...)
             x[:, :, : length + 1] = x[:, row, None, : length + 1].clone()
         if "p" in cache:
             cache["p"] = cache["p"][row].expand(B, -1)
@@ -527,7 +530,7 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
-LONGEST = 24  # bytes that are drawn before a candidate is chosen, at most
+LONGEST_WORD = 24  # bytes that are drawn before a candidate is chosen, at most
 TEMPERATURE = 0.45  # blind readers preferred it to 0.6, that to 0.8 and that to 1
 
 
@@ -554,9 +557,9 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
     if not 0 < temperature < 1 or candidates == 1:
         B = 1
         byte_temperature = temperature
-    longest = min(LONGEST, model.context // 4)
+    longest = min(LONGEST_WORD, model.context // 4)
     ids = torch.tensor([[END, *prompt]]).repeat(B, 1)  # (B, n): the text, the same in each row
-    fed = model.context
+    fed = model.context  # bytes in the cache; at first there is none, as if it were full
     while True:
         if fed + longest > model.context:
             cache = model.new_cache(B)
@@ -564,7 +567,7 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
             if ids.shape[1] + longest > model.context:
                 new = ids[:, -3 * model.context // 4 :]
             fed = 0
-        nats = torch.zeros(B)
+        log_p = torch.zeros(B)  # of each candidate, nats
         length = torch.zeros(B, dtype=torch.int64)
         going = torch.ones(B, dtype=torch.bool)
         begin = ids.shape[1]
@@ -577,11 +580,11 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
                 logits = fuse(F.softmax(logits, -1), states, ids).clamp(min=1e-30).log()
             new = choose(logits, byte_temperature, top_p, generator)[:, None]  # (B, 1)
             ids = torch.cat((ids, new), 1)
-            nats += going * logits.log_softmax(-1).gather(1, new)[:, 0]
+            log_p += going * logits.log_softmax(-1).gather(1, new)[:, 0]
             length += going
             going &= is_letter(new[:, 0])
         if B > 1:
-            row = choose(nats[None] * (1 / temperature - 1), generator=generator).item()
+            row = choose(log_p[None] * (1 / temperature - 1), generator=generator).item()
             end = begin + length[row].item()
             fed -= ids.shape[1] - end
             ids = ids[row, :end].repeat(B, 1)
@@ -799,6 +802,7 @@ def train_step(net, optimizers, ids, teacher, factor):
         teacher = teacher.flatten(0, 1).to(logits.device)
         loss = distillation_loss(logits, target, teacher, DISTILL_WEIGHT)
     loss.backward()
+    # One NaN or infinite number makes its sum one.
     gradients = torch.stack([p.grad.sum() for p in model.parameters()])
     finite = gradients.isfinite().all()
     for optimizer in optimizers:
@@ -836,7 +840,8 @@ def train(args, start, before=None):
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     with contextlib.closing(run):
         run.begin(model, optimizers, batches)
-        while (progress := run.progress()) < 1:  # 1: the time is over, or the text was read twice
+        # The part of the budget that is gone; 1 as well when the text was read twice.
+        while (progress := run.progress()) < 1:
             step = run.state["step"]
             ids, distributions = batches.get(step, taught=progress < args.distill)
             if model.memory is not None:
