@@ -7,6 +7,7 @@ Text comes from the first of these that is there: files named with --data; TinyS
 Li, 2023), downloaded once; stories made from a template, so that all works without a network.
 """
 import argparse
+import contextlib
 import http.client
 import math
 import multiprocessing.pool
@@ -17,6 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections import namedtuple
 
 import numpy as np
@@ -74,10 +76,12 @@ def run(main):
     try:
         main()
         sys.stdout.flush()  # a reader that went away is noticed here, not after the end
-    except BrokenPipeError:  # whoever read our output, `head` for one, has seen enough
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # whoever reads us, `head` for one, has enough
+            sys.exit(f"error: {error}")
     except Problem as problem:
-        sys.exit(f"error: {problem}")
+        sys.exit(printable(f"error: {problem}"))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
 
@@ -86,6 +90,12 @@ def printable(text):
     """str -> str that is safe to show: what can drive a terminal becomes U+FFFD; "\\r" goes."""
     unsafe = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
     return re.sub(unsafe, "\ufffd", text.replace("\r", ""))
+
+
+def notice(words):
+    """Tell the user something on stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(printable(f"NOTICE: {words}"), file=sys.stderr, flush=True)
 
 
 def read(paths, megabytes=math.inf):
@@ -109,8 +119,8 @@ def read(paths, megabytes=math.inf):
             whole = content.rpartition(SEPARATOR)[0]
             if len(whole) > 0.9 * len(content):
                 content = whole  # up to the end of a story
-            used = f"NOTICE: using the first {len(content) / 1e6:,.1f} MB of {path}"
-            print(f"{used}. More with --megabytes", file=sys.stderr)
+            used = f"using the first {len(content) / 1e6:,.1f} MB of {path}"
+            notice(f"{used}. More with --megabytes")
         content = content.removeprefix(b"\xef\xbb\xbf")  # UTF-8's byte order mark
         if not content.strip():
             raise Problem(f"{path} is empty; name a file with some text in it")
@@ -121,6 +131,8 @@ def read(paths, megabytes=math.inf):
 def save(path, content):
     """Write bytes so that `path` is the whole old file or the whole new one, whatever happens."""
     temporary = f"{path}.tmp{os.getpid()}"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Problem(f"{path} is no file; give another name")
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as file:
@@ -175,28 +187,42 @@ def fetch(url, file, version, want):
     The file `version` remembers the ETag of what `file` began with. Sent as If-Range (RFC 9110) it
     gets us the rest if the server still has that text (status 206), or else its new one (200).
     """
-    have = file.tell()
+    version.seek(0)
+    etag = version.read().decode()
+    if not etag:  # nobody can say whether the server still has what we began with
+        file.truncate(0)
+    have = os.path.getsize(file.name)
     if have >= want:
         return
     headers = {"User-Agent": "tiny", "Range": f"bytes={have}-{want - 1}"}
     if have:
-        version.seek(0)
-        headers["If-Range"] = version.read().decode() or '"unknown"'
+        headers["If-Range"] = etag
     request = urllib.request.Request(url, headers=headers)
     with multiprocessing.pool.ThreadPool(1) as pool:  # because a name's look-up has no time limit
         opening = pool.apply_async(urllib.request.urlopen, [request], {"timeout": PATIENCE})
         answer = opening.get(PATIENCE)
     with answer:
-        if have == 0 or answer.status != 206:  # begin anew
+        begin = 0
+        size = int(answer.headers.get("Content-Length", 0))  # of all; 0: not said
+        if answer.status == 206:
+            part = re.match(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+            if part is None:
+                raise ValueError("it does not say which part of the text it sent")
+            begin, size = map(int, part.groups())
+        if begin == 0:
             have = 0
             file.truncate(0)
             version.truncate(0)
             version.write(answer.headers.get("ETag", "").encode())
             version.flush()
-        goal = min(want, have + int(answer.headers.get("Content-Length", want)))
+        if begin != have:
+            raise ValueError(f"it sent what stands at {begin}, not at {have}")
+        goal = min(want, size or want)
         with tqdm(initial=have, total=goal, unit="B", unit_scale=True, disable=None) as bar:
             while have < goal:
                 chunk = answer.read(1 << 16)
+                if not chunk and size == 0:
+                    break
                 if not chunk:
                     raise ConnectionError("the connection was cut")
                 file.write(chunk)
@@ -212,14 +238,14 @@ def download(url, path, want):
     """
     version = lock(f"{path}.lock")
     if version is None:
-        print(f"waiting for another process that is downloading {path}", file=sys.stderr)
+        notice(f"waiting for another process that is downloading {path}")
     while version is None:
         time.sleep(1)
         version = lock(f"{path}.lock")
     with version:
         if os.path.exists(path):
             return
-        print(f"downloading {want / 1e6:g} MB from {url}", file=sys.stderr)
+        notice(f"downloading {want / 1e6:g} MB from {url}")
         part = f"{path}.part"
         for wait in [1, 3, 9, None]:
             try:
@@ -287,7 +313,7 @@ def invent(count=12000, seed=0):
 # ---- 5. All of it --------------------------------------------------------------------------------
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"  # or $TINY_URL
-OFFLINE = """NOTICE: no network (%s): using stories made from a template instead of TinyStories.
+OFFLINE = """no network (%s): using stories made from a template instead of TinyStories.
 They show that all works, but SCORES ON THEM MEAN NOTHING BESIDE SCORES ON TINYSTORIES.
 For real stories run this where there is a network, or name a text of your own: --data FILE"""
 
@@ -308,18 +334,22 @@ def load(files=None, valid=None, megabytes=100, cache="cache", least=2):
     elif valid:
         raise Problem("--valid needs --data: name the text to learn from as well")
     else:
-        folder = os.environ.get("TINY_URL", URL).rstrip("/")
+        folder = (os.environ.get("TINY_URL") or URL).rstrip("/")
+        name_of_text = "tinystories"
+        if folder != URL:
+            source = folder
+            name_of_text += f"-{zlib.crc32(folder.encode()):08x}"
         paths = []
         try:
             for name, size in [("train", megabytes), ("valid", 10)]:
-                paths.append(os.path.join(cache, f"tinystories-{name}-{size:g}MB.txt"))
+                paths.append(os.path.join(cache, f"{name_of_text}-{name}-{size:g}MB.txt"))
                 if not os.path.exists(paths[-1]):
                     download(f"{folder}/TinyStoriesV2-GPT4-{name}.txt", paths[-1], int(1e6 * size))
             files, valid, megabytes = paths[:1], paths[1:], math.inf
         except NoNetwork as error:
             if folder != URL:
                 raise Problem(f"cannot reach TINY_URL ({error}); correct or unset it") from None
-            print(OFFLINE % error, file=sys.stderr)
+            notice(OFFLINE % error)
             source = "built-in stories (no network)"
     waited = time.monotonic() - began
     train = read(files, megabytes) if files else encode(invent())
@@ -344,14 +374,14 @@ def warn_of_overlap(train, held_out):
         mark = b"\n"
 
     def pieces(text):  # short ones may be alike by chance
-        parts = text.tobytes().replace(b"\0", mark).split(mark)
+        parts = text.tobytes().replace(b"\r", b"").replace(b"\0", mark).split(mark)
         return [part for part in map(bytes.strip, parts) if len(part) > 20]
 
     known = set(pieces(train))
     share = sum(len(piece) for piece in pieces(held_out) if piece in known) / len(held_out)
     if share > 0.01:
         where = "stands in the training text word for word: the scores flatter the model"
-        print(f"NOTICE: {share:.0%} of the validation text {where}", file=sys.stderr)
+        notice(f"{share:.0%} of the validation text {where}")
 
 
 def number(kind=float, low=-math.inf, high=math.inf, above=False):
@@ -363,7 +393,8 @@ def number(kind=float, low=-math.inf, high=math.inf, above=False):
             value = math.nan
         if not low <= value <= high or abs(value) == math.inf or (above and value == low):
             limits = f"{'above' if above else 'from'} {low} to {high}".removesuffix(" to inf")
-            raise argparse.ArgumentTypeError(f"give a number {limits}")
+            whole = "whole " * (kind is int)
+            raise argparse.ArgumentTypeError(f"give a {whole}number {limits}")
         return value
     return parse
 
@@ -371,8 +402,9 @@ def number(kind=float, low=-math.inf, high=math.inf, above=False):
 def add_arguments(parser):
     """The options about text, the same for every script."""
     add = parser.add_argument
-    add("--data", nargs="+", metavar="FILE", help="text to learn from (default: TinyStories)")
-    add("--valid", nargs="+", metavar="FILE", help="text to be judged on (default: 5%% of --data)")
+    files = dict(nargs="+", metavar="FILE", action="extend")
+    add("--data", **files, help="text to learn from (default: TinyStories)")
+    add("--valid", **files, help="text to be judged on (default: 5%% of --data)")
     add("--megabytes", type=number(low=0, above=True), default=100, metavar="N",
         help="how much of a text to use, and to download (default: %(default)s)")
     add("--cache", default="cache", metavar="DIR", help="for downloads (default: %(default)s)")

@@ -41,7 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from data import END, Problem, printable, split_stories
+from data import END, Problem, notice, printable, split_stories
 from ngram import NGram, mixture_weights
 from tiny import TEMPERATURE, continuation, evaluation_windows, load_checkpoint, pick_device
 from tiny import prepare_cpu, trusted_recipe, write_story
@@ -429,7 +429,7 @@ class Library:
     @functools.cache
     def ngram(self):
         """Counting anew takes seconds; kept as a file it would need more room than the model."""
-        print("counting the n-gram model ...", file=sys.stderr, flush=True)
+        notice("counting the n-gram model ...")
         return NGram().fit(self.text().train[:15_000_000])  # 0.7 GB; all of 100 MB would take 5
 
     def fusion(self, out, names):
@@ -440,8 +440,8 @@ class Library:
         model, checkpoint = self.model(out)
         crc = zlib.crc32(self.text().train)
         if checkpoint["facts"].get("text_crc32", crc) != crc:
-            print(f"NOTICE: {out} was trained on another text, perhaps on what is scored here; "
-                  "name the --data and --valid that it was trained with", file=sys.stderr)
+            notice(f"{out} was trained on another text, perhaps on what is scored here; name the "
+                   "--data and --valid that it was trained with")
         if not names:
             return Fusion(model, names)
         ngram = None
@@ -468,7 +468,7 @@ class Library:
     def stories(self, run):
         """Stories of a RUN, from the same prompts as all runs', cut to LENGTH. -> list of str"""
         args = self.args
-        if os.path.isfile(run):
+        if os.path.exists(run) and not os.path.isdir(run):
             stories = split_stories(data.read([run]))[: args.n or STORIES]
         else:
             prompts, stories = self.prompts()
@@ -574,7 +574,8 @@ def read_answers():
             for line in file:
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut off
                     row = json.loads(line)
-                    known[row["id"]] = row["answer"]
+                    if row["answer"] in ("1", "2", "="):
+                        known[row["id"]] = row["answer"]
     return known
 
 
@@ -602,7 +603,7 @@ def person(first, second):
     while True:
         try:
             answer = input("Which is better? 1, 2, = (as good), q (stop, go on later): ").strip()
-        except EOFError:
+        except (EOFError, RuntimeError):  # stdin has ended, or was closed
             return "q"
         if answer in ("1", "2", "=", "q"):
             return answer
@@ -630,19 +631,19 @@ def language_model(url, model, first, second):
                 reply = error  # that is a reply too
             with reply:
                 text = reply.read().decode("utf-8", "replace")
+            if key:
+                text = text.replace(key, "JUDGE_KEY")
             reason = f"HTTP {reply.status} {text[:300]}"  # the server's own words
             if 400 <= reply.status < 500 and reply.status not in (408, 429):
                 break  # it would say the same again
-            found = VERDICT.findall(json.loads(text)["choices"][0]["message"]["content"])
+            found = VERDICT.findall(str(json.loads(text)["choices"][0]["message"]["content"]))
             if found:
                 return found[-1]
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", type(error).__name__))
-        except (ValueError, LookupError, TypeError):
-            pass  # no JSON, not of this form, or no text in it
+        except (ValueError, LookupError, TypeError, RecursionError):
+            pass  # no JSON, or not of this form
         time.sleep(wait)
-    if key:
-        reason = reason.replace(key, "JUDGE_KEY")
     raise NoAnswer(printable(" ".join(reason.split())))
 
 

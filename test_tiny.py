@@ -90,7 +90,10 @@ def long_file(tmp_path_factory):
 def finished(tmp_path_factory, long_file):
     """One whole run of the main job on the clock, as a user starts it. -> (result, its folder)"""
     out = tmp_path_factory.mktemp("run") / "out"
-    result = script("tiny.py", "--minutes", 0.4, "--data", long_file, "--out", out, "--order", 8,
+    valid = out.with_name("valid.txt")  # a short one, so that looks are cheap on any machine
+    valid.write_bytes(data.invent(200, seed=1))
+    texts = ["--data", long_file, "--valid", valid]
+    result = script("tiny.py", "--minutes", 0.4, *texts, "--out", out, "--order", 8,
                     "--set", "width=32")
     assert result.returncode == 0, result.stderr
     return result, out
@@ -179,7 +182,8 @@ def test_a_large_file_is_read_only_as_far_as_needed(tmp_path):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Honours Range and If-Range. fault(number of the request): a status, "cut" or "silent"."""
+    """Honours Range and If-Range. fault(number of the request): a status, "cut", "silent", "few" (a
+    fifth of what was asked for), "all" (from the beginning, whatever was asked for)."""
 
     def __init__(self, body, fault=lambda n: None, version='"one"'):
         self.requests = []
@@ -192,13 +196,22 @@ class Server(http.server.ThreadingHTTPServer):
                     return threading.Event().wait(2)
                 first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
                 status, content = 206, body[first : last + 1]
-                if self.headers.get("If-Range", version) != version:
+                if self.headers.get("If-Range", version) != version or kind == "whole":
                     status, content = 200, body
                 elif not content:
                     status = 416
+                if kind == "few":
+                    content = content[: len(content) // 5]
+                if kind == "all":
+                    first, content = 0, body[: last + 1]
                 self.send_response(kind if isinstance(kind, int) else status)
-                self.send_header("Content-Length", str(len(content)))
-                self.send_header("ETag", version)
+                if status == 206:
+                    part = f"bytes {first}-{first + len(content) - 1}/{len(body)}"
+                    self.send_header("Content-Range", part)
+                if status != 200 or version:
+                    self.send_header("Content-Length", str(len(content)))
+                if version:
+                    self.send_header("ETag", version)
                 self.end_headers()
                 self.wfile.write(content[: len(content) // 2] if kind == "cut" else content)
 
@@ -230,6 +243,19 @@ def test_a_cut_line_a_busy_server_and_silence_are_tried_again(tmp_path, quick):
     assert server.requests == ["bytes=0-9999"] + ["bytes=5000-9999"] * 3 and len(quick) == 3
     got = (tmp_path / "x").read_bytes()
     assert BODY.startswith(got) and got.endswith(b"<|endoftext|>\n") and 9_000 < len(got) <= 10_001
+
+
+def test_what_a_server_sends_is_what_it_says_it_sends(tmp_path, quick):
+    server = Server(BODY, {1: "few", 2: "all"}.get)
+    data.download(server.url, tmp_path / "x", 10_000)
+    assert server.requests == ["bytes=0-9999", "bytes=2000-9999"]
+    assert BODY.startswith((tmp_path / "x").read_bytes())
+    server = Server(BODY, {1: "cut"}.get, version="")  # without it a change is not noticed
+    data.download(server.url, tmp_path / "y", 10_000)
+    assert server.requests == ["bytes=0-9999"] * 2
+    server = Server(BODY + b"\n<|endoftext|>\n", lambda n: "whole", version="")  # of no length
+    data.download(server.url, tmp_path / "z", 10**9)
+    assert (tmp_path / "z").read_bytes() == BODY + b"\n<|endoftext|>\n"
 
 
 @pytest.mark.parametrize("version", ['"one"', '"two"'])
@@ -282,11 +308,15 @@ def test_a_bad_certificate_is_not_no_network_but_silence_is(tmp_path, quick, mon
 
 def test_load_downloads_once(tmp_path, quick, monkeypatch):
     server = Server(data.invent(200))
-    monkeypatch.setenv("TINY_URL", server.url)
+    monkeypatch.setattr(data, "URL", server.url)
     first = data.load(megabytes=0.05, cache=tmp_path)
     again = data.load(megabytes=0.05, cache=tmp_path)
     assert len(server.requests) == 2 and np.array_equal(first.train, again.train)
     assert first.source.startswith("TinyStories") and 40_000 < len(first.train) <= 50_000
+    other = Server(data.invent(200, seed=1))
+    monkeypatch.setenv("TINY_URL", other.url)  # another address, another text
+    second = data.load(megabytes=0.05, cache=tmp_path)
+    assert second.source == other.url and not np.array_equal(first.train, second.train)
 
 
 def test_without_network_stories_are_built_in(tmp_path, quick, monkeypatch, capsys):
@@ -941,6 +971,8 @@ def tiny_runs(monkeypatch, tmp_path, stories_file):
 
     def train(name, *options):
         where = ["--data", stories_file, "--out", tmp_path / name, *SMALL, "--minutes", 0.2]
+        if "--data" in options:
+            where = where[2:]
         if "--steps" in options:
             where += SHORT_STORY
         if "--resume" in options:
@@ -1015,7 +1047,8 @@ def test_the_plain_transformer_is_told_apart_and_runs_everywhere(tiny_runs, tmp_
 def test_a_text_that_the_run_was_not_trained_on_is_told(finished, stories_file, long_file, capsys):
     _, out = finished
     for name, notices in ((stories_file, 1), (long_file, 0)):
-        options = ["--out", str(out), "--data", str(name)]
+        options = ["--out", out, "--data", name, "--valid", out.with_name("valid.txt")]
+        options = list(map(str, options))
         sample.Library(sample.parse_arguments(options)).fusion(str(out), [])
         assert capsys.readouterr().err.count("was trained on another text") == notices
 
@@ -1056,6 +1089,56 @@ def test_no_run_ever_touches_another(tiny_runs, monkeypatch, tmp_path, capsys):
     with pytest.raises(data.Problem, match="still going"):
         tiny.train(args, time.monotonic(), before)
     assert tiny.load_checkpoint(tmp_path / "b")[1]["facts"]["steps"] == 9
+
+
+def test_of_two_that_make_a_folder_each_gets_its_own(tmp_path):
+    with multiprocessing.pool.ThreadPool(4) as pool:
+        for i in range(30):
+            names = pool.map(lambda _: tiny.new_folder(tmp_path / f"{i}", "log.jsonl"), range(4))
+            assert len(set(names)) == 4
+
+
+def test_a_run_whose_folder_was_moved_goes_on_in_another(tiny_runs, monkeypatch, tmp_path):
+    train_step = tiny.train_step
+
+    def moving(*rest):
+        if not (tmp_path / "kept").exists():
+            (tmp_path / "a").rename(tmp_path / "kept")
+            tiny.new_folder(tmp_path / "a", "theirs")
+        return train_step(*rest)
+
+    monkeypatch.setattr(tiny, "train_step", moving)
+    tiny.main([str(x) for x in ("--data", HERE + "/README.md", "--out", tmp_path / "a", *SMALL,
+                                *SHORT_STORY, "--steps", 2)])
+    assert os.listdir(tmp_path / "a") == ["theirs"]
+    assert sorted(os.listdir(tmp_path / "a-2")) == ["log.jsonl", "model.pt"]
+
+
+def test_options_may_be_repeated():
+    args, _ = tiny.parse_arguments("--set width=16 --data a b --set layers=1 --data c".split())
+    assert args.set == {"width": 16, "layers": 1} and args.data == ["a", "b", "c"]
+
+
+def test_a_notice_that_nobody_reads_stops_nothing(monkeypatch):
+    def write(words):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=write, flush=lambda: None))
+    data.notice("hello")
+
+
+def test_one_run_of_a_series_may_fail(monkeypatch, tmp_path, capsys):
+    def train(args, start):
+        if args.seed == 2:
+            raise data.Problem("the disk is full")
+        return {"val_bpb": 1.0, "steps": 3}
+
+    monkeypatch.setattr(tiny, "train", train)
+    tiny.main(["--seeds", "3", "--out", str(tmp_path / "a")])
+    assert len((tmp_path / "a" / "runs.tsv").read_text().splitlines()) == 2
+    assert "the disk is full (run 2 of 3: {'seed': 2})" in capsys.readouterr().err
+    tiny.main(["--seeds", "3", "--out", str(tmp_path / "a")])  # another series, another folder
+    assert (tmp_path / "a-2" / "runs.tsv").exists()
 
 
 @slow
@@ -1115,7 +1198,7 @@ def test_nan_gradients_are_skipped_and_counted(tiny_runs, monkeypatch, tmp_path,
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--minutes", 1e-6], "not a single step"),
+    (["--minutes", 1e-3], "steps were made"), (["--minutes", 1e-3], "s instead of 0.1"),
     (["--steps", 8, "--set", "rate=1e5"], "diverged"),
     (["--steps", 9, "--set", "rate=1e20"], "diverged"),
 ])
@@ -1408,7 +1491,9 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(tiny_runs, tmp_p
     deep = good | {"config": good["config"] | {"layers": 10**9}}
     wide = good | {"config": good["config"] | {"width": 2**20}}
     wide["weights"] = good["weights"] | {"head.weight": torch.zeros(1, 1).expand(256, 2**20)}
-    for content in (Evil(), {"weights": 3}, good | {"version": "\x1b[2J"}, deep, wide):
+    small = good | {"config": good["config"] | {"context": 2}}
+    strange = [Evil(), {"weights": 3}, good | {"version": "\x1b[2J"}, good | {"recipe": "x"}]
+    for content in (*strange, deep, wide, small):
         torch.save(content, path)
         with pytest.raises(data.Problem, match="not a checkpoint") as refusal:
             tiny.load_checkpoint(tmp_path / "a")
@@ -1421,6 +1506,10 @@ def test_a_copied_run_may_not_name_files_of_this_machine(tiny_runs, monkeypatch,
     with pytest.raises(SystemExit):
         tiny_runs("a", "--steps", 4)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert not tiny.load_checkpoint(tmp_path / "b")[1]["made_here"]
+    forged = torch.load(tmp_path / "b" / "model.pt", weights_only=True)
+    forged["folder"] = torch.tensor(math.inf, dtype=torch.float16)  # equals every large number
+    torch.save(forged, tmp_path / "b" / "model.pt")
     assert not tiny.load_checkpoint(tmp_path / "b")[1]["made_here"]
     with pytest.raises(data.Problem, match="made elsewhere; name its text with --data"):
         tiny.main(["--resume", str(tmp_path / "b")])
@@ -1680,8 +1769,8 @@ def endpoint(two_runs, tmp_path, monkeypatch, capsys):
             content = body["messages"][0]["content"]
             longer = "1" if "long" in content.split("Story 2:")[0] else "2"
             fault = faults.pop(0) if faults else f"Because.\n**ANSWER:** {longer}"
-            if isinstance(fault, int):
-                return self.answer(fault, b"out of luck, sk-secret")
+            if isinstance(fault, int):  # what is shown of it ends within the second key
+                return self.answer(fault, b"out of luck, sk-secret" + 265 * b"-" + b"sk-secret")
             if isinstance(fault, bytes):
                 return self.answer(200, fault)
             reply = {"choices": [{"message": {"content": fault}}]}
@@ -1740,16 +1829,18 @@ def test_a_language_model_judges_and_faults_are_survived(endpoint, tmp_path):
 
 def test_a_pair_without_an_answer_is_skipped_and_counted(endpoint):
     judge, _ = endpoint
-    result = judge(503, *["hm"] * 4, 400)
+    result = judge(503, b"[" * 100_000, *["hm"] * 3, 400)
     assert "b.txt: 3 wins" in result and "without an answer: 2" in result
     assert "b.txt: 5 wins" in judge()
+    parts = [{"type": "text", "text": "ANSWER: 1"}]  # whichever stands first
+    assert "with the order: 1" in judge(parts, parts, path="v3")
 
 
 def test_three_pairs_without_an_answer_end_it_in_the_servers_words(endpoint):
     judge, seen = endpoint
-    with pytest.raises(data.Problem, match=r"HTTP 401 out of luck, JUDGE_KEY.*are kept"):
+    with pytest.raises(data.Problem, match=r"HTTP 401 out of luck, JUDGE_KEY.*are kept") as found:
         judge(401, 401, 401)
-    assert len(seen) == 3
+    assert len(seen) == 3 and "sk-" not in str(found.value)
 
 
 def test_the_key_does_not_follow_a_redirect(endpoint):

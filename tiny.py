@@ -44,7 +44,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import END, Problem, add_arguments, lock, number, peak_memory, printable, save, text_from
+from data import END, Problem, add_arguments, lock, notice, number, peak_memory, printable, save
+from data import text_from
 from ngram import NGram
 
 
@@ -520,7 +521,7 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
     temperature below 1 favours what is likely; 0 takes the likeliest. top_p < 1 draws from the
     likeliest bytes that together have that probability (nucleus sampling, Holtzman et al. 2020).
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # dividing by it would overflow
         return logits.argmax(-1)
     p = F.softmax(logits / temperature, -1, dtype=torch.float64)
     if top_p < 1:
@@ -987,9 +988,11 @@ class Run:
         self.batches = batches
         if self.rank == 0:  # the first process writes; it holds the log as long as it runs
             if self.before is None:
-                self.args.out = new_folder(self.args.out)
+                self.args.out = new_folder(self.args.out, "log.jsonl")
             self.log = lock(os.path.join(self.args.out, "log.jsonl"))
-            ended = self.before is not None and self.before[1]["written"] != written(self.args.out)
+            ended = False
+            if self.before is not None:
+                ended = self.before[1]["written"] != time_written(self.args.out)
             if self.log is None or ended:
                 raise Problem(f"the run in {self.args.out} is still going; wait for it to end")
         if threading.current_thread() is threading.main_thread():  # no other may ask for signals
@@ -1094,6 +1097,15 @@ class Run:
                 break
         return readable(story)
 
+    def keep_folder(self):
+        """If the folder was moved away, even if another run has made one of its name since, go on
+        in a new one."""
+        log = os.path.join(self.args.out, "log.jsonl")
+        if os.path.exists(log) and os.path.samestat(os.stat(log), os.fstat(self.log.fileno())):
+            return
+        self.args.out = new_folder(self.args.out, "log.jsonl")
+        self.log = lock(os.path.join(self.args.out, "log.jsonl"))
+
     def time_to_save(self):
         return time.monotonic() - self.saved > SAVE_EVERY
 
@@ -1108,6 +1120,7 @@ class Run:
                         world=self.world, random=torch.get_rng_state(), squares=squares,
                         optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
         with suppressed("no checkpoint was written"):
+            self.keep_folder()
             facts = dict(text_crc32=self.checksums[0])
             save_checkpoint(self.args, self.model, facts, training)
             return True
@@ -1118,12 +1131,16 @@ class Run:
         self.bar.close()
         if self.rank > 0:
             return {}
-        out = shlex.quote(self.args.out.replace(os.sep, "/"))
         facts = {}
-        if not self.stopped:
+        saved = False
+        if self.stopped:
+            saved = self.save()
+        else:
             facts = self.conclude()
+        out = shlex.quote(self.args.out.replace(os.sep, "/"))
+        if facts:
             self.say(f"\nmore stories: python sample.py --out {out}")
-        elif self.save():
+        if saved:
             self.say(f"\ninterrupted after {self.state['step']:,} steps; all is saved in {out}\n"
                      f"go on: python tiny.py --resume {out}")
         if self.stopped or self.signal is not None:
@@ -1150,6 +1167,7 @@ class Run:
                      text_crc32=self.checksums[0])
         failure = None
         try:
+            self.keep_folder()
             save_checkpoint(self.args, self.model, facts)
         except Problem as problem:
             failure = problem  # first the figures
@@ -1167,14 +1185,18 @@ class Run:
     def warn(self, bpb, epochs):
         """What the figures do not say by themselves."""
         step = self.state["step"]
-        if step == 0:
-            notice("not a single step was made: set-up took all of the time. Give more --minutes")
+        if step < 20 and not self.args.steps:
+            notice(f"only {step} steps were made: set-up took the time; give more --minutes")
         elif not bpb < 8:
             notice("this is worse than knowing nothing (8 bits per byte): training diverged. Train "
                    "with a lower rate, such as --set rate=0.5")
         elif not self.args.steps and step >= self.batches.last_step:
             notice(f"the run ended when it had read its text {epochs:.1f} times: overfitting sets "
                    "in. Longer runs need more text: --data, --megabytes")
+        seconds = self.clock()
+        if not self.args.steps and seconds > 63 * self.args.minutes:
+            notice(f"this took {seconds:.1f} s instead of {60 * self.args.minutes:.1f}: counting "
+                   "(--order), a step or evaluating was too slow for so short a run")
 
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -1186,12 +1208,6 @@ if hasattr(signal, "SIGHUP"):  # a closed terminal; Windows has no such signal, 
 def readable(story):
     """bytes -> str for a terminal"""
     return printable(story.decode("utf-8", "replace"))
-
-
-def notice(words):
-    """Tell the user something on stderr, if anybody reads it."""
-    with contextlib.suppress(OSError):
-        print(f"NOTICE: {words}", file=sys.stderr, flush=True)
 
 
 def mute(descriptor):
@@ -1225,25 +1241,26 @@ def picture(curve):
 VERSION = 4  # of the file
 
 
-def new_folder(out):
-    """Make the folder `out`, or if it has something in it out-2, out-3, ...: no run ever touches
-    what another has written, and of two that make one each gets its own. -> its name"""
+def new_folder(out, first):
+    """Make the folder `out` with the empty file `first` in it, or if the folder has something in it
+    out-2, out-3, ...: no run ever touches what another has written. -> its name"""
     name = out = os.path.normpath(out)
     n = 1
     while True:
         try:
-            os.makedirs(name)
+            os.makedirs(name, exist_ok=True)
+            if not os.listdir(name):
+                open(os.path.join(name, first), "x").close()  # of two that try, one succeeds
+                break
         except FileExistsError:
-            if os.path.isdir(name) and not os.listdir(name):
-                return name
-            n += 1
-            name = f"{out}-{n}"
-            continue
+            pass
         except OSError as error:
             raise Problem(f"cannot write {name}: {error.strerror}; name another --out") from None
-        if n > 1:
-            notice(f"{out} is taken; this run goes to {name}")
-        return name
+        n += 1
+        name = f"{out}-{n}"
+    if n > 1:
+        notice(f"{out} is taken; this run goes to {name}")
+    return name
 
 
 def save_checkpoint(args, model, facts, training=None):
@@ -1265,10 +1282,11 @@ def save_checkpoint(args, model, facts, training=None):
                    recipe=vars(args), training=training, folder=folder)
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    save(os.path.join(args.out, "model.pt"), buffer.getbuffer())
+    with buffer.getbuffer() as written:
+        save(os.path.join(args.out, "model.pt"), written)
 
 
-def written(out):
+def time_written(out):
     """When the checkpoint in the folder `out` was written, nanoseconds"""
     return os.stat(os.path.join(out, "model.pt")).st_mtime_ns
 
@@ -1282,12 +1300,13 @@ def load_checkpoint(out, device="cpu"):
     path = os.path.join(out, "model.pt")
     shown = printable(path)
     try:
-        time_of_writing = written(out)
+        written = time_written(out)
         content = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
         weights = content.pop("weights")
         config = content["config"]
-        small = config["layers"] <= len(weights) and config["context"] <= 4096
-        if content["version"] != VERSION or not small:
+        small = config["layers"] <= len(weights) and 8 <= config["context"] <= 4096
+        kinds = {type(content["facts"]), type(content["recipe"])}
+        if content["version"] != VERSION or not small or kinds != {dict}:
             raise ValueError("not ours")
         # Nothing is built whose size the file itself does not have; on "meta" nothing is allocated.
         with torch.device("meta"):
@@ -1296,8 +1315,9 @@ def load_checkpoint(out, device="cpu"):
             raise ValueError("not ours")
         model = GPT(**config)
         model.load_state_dict(weights)
-        content["made_here"] = content["folder"] == os.stat(out).st_ino
-        content["written"] = time_of_writing
+        here = os.stat(out).st_ino
+        content["made_here"] = type(content["folder"]) is int and content["folder"] == here
+        content["written"] = written
     except FileNotFoundError:
         raise Problem(f"no {shown}; train a model first: python tiny.py --minutes 5") from None
     except OSError as error:
@@ -1437,7 +1457,7 @@ def override(word):
     if name not in SIZES["small"]:
         raise argparse.ArgumentTypeError(f"give NAME=N, of {', '.join(SIZES['small'])}")
     if name == "rate":
-        return name, number(float, 0, above=True)(value)
+        return name, number(float, 0, 1e30, above=True)(value)
     return name, number(int, 1, 4096)(value)
 
 
@@ -1448,7 +1468,7 @@ def parse_arguments(argv=None):
         description="Train a byte-level language model on stories against the clock.",
         epilog="example: python tiny.py --minutes 5 --data stories.txt --out run1")
     add = parser.add_argument
-    add("--minutes", type=number(float, 0, 1e6, above=True), default=5.0, metavar="M",
+    add("--minutes", type=number(float, 1e-3, 1e6), default=5.0, metavar="M",
         help="for everything but downloads (default: 5)")
     add("--steps", type=number(int, 1), metavar="N", help="so many instead, exactly repeatable")
     add("--distill", type=number(float, 0, 1), default=0.0, metavar="PART",
@@ -1459,7 +1479,7 @@ def parse_arguments(argv=None):
         help=f"of the model: {', '.join(SIZES)}; auto: by timing (default)")
     add("--plain", action="store_const", const="plain", dest="size",
         help="the usual transformer: layers over bytes, no memory, no pointer")
-    add("--set", type=override, nargs="+", default=[], metavar="NAME=N",
+    add("--set", type=override, nargs="+", action="extend", default=[], metavar="NAME=N",
         help=f"change a size's {', '.join(SIZES['small'])}")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1, metavar="N", help="(default: 1)")
     add("--seeds", type=number(int, 2), metavar="N", help="N runs, seeds 1 to N: how much is luck?")
@@ -1518,17 +1538,23 @@ def several(args):
         pairs = max(1, drawn["width"] // (2 * drawn["heads"]))  # heads that are given must fit
         drawn["width"] = 2 * drawn["heads"] * pairs
         changes.append({"set": drawn})
-    folder = new_folder(args.out)
+    folder = new_folder(args.out, "runs.tsv")
     scores = []
     lines = []
     for i, change in enumerate(changes, 1):
         one = {"out": os.path.join(folder, str(i)), "seeds": None, "sweep": None}
         run_args = argparse.Namespace(**vars(args) | change | one)
-        facts = train(run_args, time.monotonic())
+        try:
+            facts = train(run_args, time.monotonic())
+        except Problem as problem:  # such as a text that is too short for this context
+            notice(f"{problem} (run {i} of {len(changes)}: {change})")
+            continue
         args.size = run_args.size
         scores.append(facts["val_bpb"])
         lines.append(f"{facts['val_bpb']}\t{facts['steps']} steps\t{change}")
         save(os.path.join(folder, "runs.tsv"), "\n".join(lines).encode())
+    if len(scores) < 2:
+        raise Problem("fewer than two runs came to their end: see above")
     spread = np.std(scores, ddof=1)
     print("\n" + "\n".join(sorted(lines)))
     print(f"\n{len(lines)} runs: {np.mean(scores):.4f} ± {spread:.4f} bits per byte, "
