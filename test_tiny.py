@@ -93,8 +93,9 @@ def finished(tmp_path_factory, long_file):
     valid = out.with_name("valid.txt")  # a short one, so that looks are cheap on any machine
     valid.write_bytes(data.invent(200, seed=1))
     texts = ["--data", long_file, "--valid", valid]
-    result = script("tiny.py", "--minutes", 0.4, *texts, "--out", out, "--order", 8,
-                    "--set", "width=32")
+    # Small steps on one thread, so that beside busy processes, too, there are some hundred.
+    result = script("tiny.py", "--minutes", 0.4, *texts, "--out", out, "--order", 8, "--set",
+                    "width=32", "context=128", "batch=4", env={"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     return result, out
 
@@ -548,14 +549,14 @@ def test_mixture_weights_are_fast():
     assert time.perf_counter() - began < 10
 
 
-def test_jelinek_mercers_highest_share_is_the_best(stories):
-    """Half or double the share that the highest order hands down is worse, with each left out."""
+def test_jelinek_mercers_shares_are_the_best(stories):
+    """Any other share for the highest order is worse on other positions, with each left out."""
     train, _ = stories
     model = ngram.NGram(8, "jelinek-mercer").fit(train)
     some = np.arange(0, len(train), 7)
-    learned = model.constants[8].copy()
+    learned = model.constants[8, 0]
     best = model.bits_per_byte(train, some, leave_one_out=True)
-    for share in (learned / 2, np.minimum(2 * learned, 0.99)):
+    for share in set(ngram.SHARES) - {learned}:
         model.constants[8] = share
         assert model.bits_per_byte(train, some, leave_one_out=True) > best
 
@@ -944,7 +945,7 @@ def test_main_job(finished):
     facts = closing_block(result.stdout)
     assert 24 * 0.95 < float(facts["seconds"]) < 24 * 1.05  # ±2 % of five minutes are 6 s
     assert float(facts["val_bpb"]) < 1.5 and float(facts["ngram_bpb"]) < 0.6
-    assert int(facts["bytes_seen"]) == int(facts["steps"]) * 8 * 512
+    assert int(facts["bytes_seen"]) == int(facts["steps"]) * 4 * 128
     assert "\r" not in result.stderr and "NOTICE" not in result.stderr
     assert result.stdout.rstrip().endswith(f"python sample.py --out {out}")
     assert sorted(os.listdir(out)) == ["log.jsonl", "model.pt"]
