@@ -181,6 +181,16 @@ class NoNetwork(Exception):
     """No server could be reached at all."""
 
 
+def part_sent(answer):
+    """Of an answer of HTTP -> where in the text it begins, bytes of the whole text (0: not said)"""
+    if answer.status != 206:
+        return 0, int(answer.headers.get("Content-Length", 0))
+    part = re.match(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+    if part is None:
+        raise ValueError("it does not say which part of the text it sent")
+    return int(part[1]), int(part[2])
+
+
 def fetch(url, file, version, want):
     """Append to `file` what it lacks of the first `want` bytes of url.
 
@@ -202,13 +212,7 @@ def fetch(url, file, version, want):
         opening = pool.apply_async(urllib.request.urlopen, [request], {"timeout": PATIENCE})
         answer = opening.get(PATIENCE)
     with answer:
-        begin = 0
-        size = int(answer.headers.get("Content-Length", 0))  # of all; 0: not said
-        if answer.status == 206:
-            part = re.match(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-            if part is None:
-                raise ValueError("it does not say which part of the text it sent")
-            begin, size = map(int, part.groups())
+        begin, size = part_sent(answer)
         if begin == 0:
             have = 0
             file.truncate(0)
@@ -216,7 +220,7 @@ def fetch(url, file, version, want):
             version.write(answer.headers.get("ETag", "").encode())
             version.flush()
         if begin != have:
-            raise ValueError(f"it sent what stands at {begin}, not at {have}")
+            raise ValueError(f"it sent what begins at byte {begin}, not at {have}")
         goal = min(want, size or want)
         with tqdm(initial=have, total=goal, unit="B", unit_scale=True, disable=None) as bar:
             while have < goal:
