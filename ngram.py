@@ -45,8 +45,8 @@ END = 0  # the byte between stories; no context reaches back beyond it
 # and both Kneser-Neys in what they count (section 2).
 
 KNESER_NEY = ("kneser-ney", "modified-kneser-ney")
-SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute")
-SMOOTHINGS += KNESER_NEY
+SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute",
+              *KNESER_NEY)
 
 
 class Textbook:
@@ -59,13 +59,13 @@ class Textbook:
         counted, a model recites. Leave that byte out, and it answers as for new text."""
         self.order = order
         self.smoothing = smoothing
-        positions = [i for i in range(len(text)) if i != left_out]
         counts = {}  # counts[n][h, w]: the count of w after the n-1 bytes h
         for n in range(order, 0, -1):  # downwards: Kneser-Ney counts n-grams in the longer ones
             if n < order and smoothing in KNESER_NEY:
                 counts[n] = continuation_counts(counts[n + 1])
             else:
-                counts[n] = Counter((context_before(text, i, n), text[i]) for i in positions)
+                counts[n] = Counter((context_before(text, i, n), text[i])
+                                    for i in range(len(text)) if i != left_out)
         if constants is None:
             constants = {n: discounts(smoothing, list(counts[n].values())) for n in counts}
         self.constants = constants
@@ -128,10 +128,10 @@ def smooth(smoothing, count, different, constants):
 def discounts(smoothing, count):
     """What counts of 0, 1, 2, and 3 or more give up. count: of all n-grams of an order. -> (4,)
 
-    An n-gram that was met c times here can be expected (c + 1) * met[c + 1] / met[c] times in
-    another text as long (Good 1953); what it has more than that is the discount. (Chen & Goodman
-    1999, equations 17 and 26, with a correction y.) Kept between 0.01, as new text must stay
-    possible, and the count itself."""
+    Absolute discounting and Kneser-Ney take the same y from every count (Chen & Goodman 1999,
+    equation 17). Modified Kneser-Ney asks more closely (26): an n-gram that was met c times here
+    can be expected (c + 1) * met[c + 1] / met[c] times in another text as long (Good 1953). Kept
+    between 0.01, as new text must stay possible, and the count itself."""
     if smoothing == "jelinek-mercer":  # a share of the count; the fast model learns a better one
         return np.full(4, 0.5)
     met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # [c]: n-grams met c times
@@ -145,9 +145,9 @@ def discounts(smoothing, count):
 
 
 # ---- 2. Kneser-Ney's question --------------------------------------------------------------------
-# A shorter context is asked where the longer one knows little (Kneser & Ney 1995). "Francisco" is
-# frequent, so after an unknown "big " a plain count offers it. But it was only ever met after
-# "San ". So below the highest order they do not count how often w followed h, but after how many
+# A shorter context weighs most where the longer one knows little. "Francisco" is frequent, so after
+# an unknown "big " a plain count offers it. But it was only ever met after "San ". So below the
+# highest order Kneser & Ney (1995) do not count how often w followed h, but after how many
 # *different* bytes "h w" was met:
 #
 #     text:                San Francisco, San Francisco, San Francisco, my dog, a dog, the dog

@@ -96,8 +96,6 @@ def knn_head(moment, keys, values):
 
 def cache_head(moment):
     """What followed the most similar moments of this very story (Grave et al. 2017)."""
-    if moment.past.shape[1] == 0:
-        return torch.full_like(moment.transformer, 1 / 256)
     known = moment.followed >= 0  # (B, P)
     score = CACHE_SCALE * torch.einsum("bc,bpc->bp", moment.state, moment.past)
     share = F.softmax(score.masked_fill(~known, -1e9), -1)
@@ -231,7 +229,7 @@ def context_gain(model, valid):
     for sign, ids in ((1, other), (-1, own)):
         for batch in ids.split(16):
             logits, _ = model(batch[:, :-1][:, -model.context :])
-            logits = logits[:, -100:].cpu().flatten(0, 1)  # (B 100, 256)
+            logits = logits[:, -100:].cpu().flatten(0, 1)  # (B * 100, 256)
             nats = F.cross_entropy(logits, batch[:, 401:].flatten(), reduction="sum").item()
             gain += sign * nats / math.log(2)
     return gain / (100 * len(stories))
@@ -321,10 +319,9 @@ def returning(find, story):
 # Its docstring says what it catches and what it cannot; --rubric prints it below the table.
 
 def doubled(story, ref):
-    """Words and marks written twice per 1,000 words. Catches `got got` and `,,`; not a thought
-    that is said twice in other words."""
-    pairs = re.findall(r"(?=\b([a-z]+) ([a-z]+)\b)", story.lower())
-    twice = sum(a == b and a not in ref.style for a, b in pairs)
+    """Words written twice and marks after a comma, per 1,000 words. Catches `got got` and `,,`; not
+    a thought that is said twice in other words."""
+    twice = sum(word not in ref.style for word in re.findall(r"\b([a-z]+)(?= \1\b)", story.lower()))
     marks = len(re.findall(r"[,;:]\s*[,.;:!?]", story))
     return 1000 * (twice + marks) / max(1, len(words(story)))
 

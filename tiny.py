@@ -113,8 +113,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
-        h = F.relu(self.up(x))  # (B, W, 4 C)
-        return self.down(h * h)  # (B, W, C)
+        return self.down(F.relu(self.up(x)).square())  # (B, W, C) -> (B, W, 4 C) -> (B, W, C)
 
 
 class Block(nn.Module):
@@ -143,7 +142,8 @@ KINDS = len(GRAMS) + 4
 WORD = len(GRAMS)  # the kind "the word so far"
 ODD = 6364136223846793005  # (Knuth's MMIX) to multiply by an odd number modulo 2^64 loses nothing
 INVERSE = pow(ODD, -1, 2**64) - 2**64  # ODD * INVERSE = 1 modulo 2^64; as a signed int64
-COUNTER_BITS = 24  # of a context's hash; they are the number of its counter
+COUNTER_BITS = 24  # The first 24 bits of a context's hash say which of 2^24 counters is its own,
+#                    the first 19 of these (by default) which of 2^19 rows.
 
 
 def is_letter(ids):
@@ -162,13 +162,13 @@ def contexts(ids, T):
     over all j < i it is (S[b] - S[a]) / ODD^a, and dividing is multiplying by INVERSE^a. So
     contexts of any length, words too, are hashed at every position without a loop.
 
-    `gap` holds the last position up to i that is no letter, `end` the last that is one (_ is a
+    `gap` holds the last position up to i that is no letter, `last` the last that is one (_ is a
     space):
 
         i       0  1  2  3  4  5  6  7    From i = 7 backwards: the word so far begins after
-        byte    _  s  h  e  _  w  e  n    gap[7] = 4; the word before it ends at end[4] = 3 and
+        byte    _  s  h  e  _  w  e  n    gap[7] = 4; the word before it ends at last[4] = 3 and
         gap     0  0  0  0  4  4  4  4    begins after gap[3] = 0.
-        end     0  1  2  3  3  5  6  7
+        last    0  1  2  3  3  5  6  7
     """
     text = F.pad(ids, (max(GRAMS), 0), value=END)  # (B, L): a story begins after a few ENDs
     B, L = text.shape
@@ -179,7 +179,7 @@ def contexts(ids, T):
     S = F.pad(((text + 1) * power).cumsum(1), (1, 0))  # (B, L + 1)
     letter = is_letter(text)
     gap = torch.where(letter, 0, position).cummax(1).values
-    end = torch.where(letter, position, 0).cummax(1).values
+    last = torch.where(letter, position, 0).cummax(1).values
     now = position[L - T :].expand(B, T)
 
     def span(a, b):
@@ -189,7 +189,7 @@ def contexts(ids, T):
     edge = gap.gather(1, now)
     words = [span(edge + 1, now + 1)]  # the word so far; then the two words before it
     for _ in range(2):
-        stop = end.gather(1, edge)
+        stop = last.gather(1, edge)
         edge = gap.gather(1, stop)
         words.append(span(edge + 1, stop + 1))
     # Where a word has just ended, the word so far is empty: its place takes the byte that ended it.
@@ -216,8 +216,8 @@ class Memory(nn.Module):
     an assignment to the same counter twice is one), and asks for
 
         first epoch     1 or more: earlier steps were elsewhere
-        later epochs    3 or more: this very place is among those counted, so at least two others
-                        are. (One other would do in principle; two were better.)
+        later epochs    3 or more: the first visit to this very place is one of those counted, so
+                        at least two others were
         not training    1 or more
 
     Rare contexts, which are most, do not fill the table either (McMahan et al. 2013).
@@ -354,40 +354,42 @@ class Pointer(nn.Module):
         position = torch.arange(L, device=ids.device)
         gap = torch.where(is_letter(ids), -1, position).cummax(1).values  # (B, L): last non-letter
         first = gap.gather(1, (end - 1).clamp(min=0)) + 1  # (B, W): each word's first letter
-        length = (end - first).clamp(min=0)[:, None]  # (B, 1, W) letters
+        letters = (end - first).clamp(min=0)[:, None]  # (B, 1, W): how many it has
         gap = gap[:, L - T :]
-        size = (position[L - T :] - gap)[:, :, None]  # (B, T, 1): letters of the word so far
-        begun = gap.clamp(min=0)  # (B, T): the byte before the word; there its shares are made
+        typed = (position[L - T :] - gap)[:, :, None]  # (B, T, 1): letters of the word so far
+        before_word = gap.clamp(min=0)  # (B, T): the byte before it; there its shares are made
 
-        query = take(extend(cache, "query", self.query(states)), begun)
+        query = take(extend(cache, "query", self.query(states)), before_word)
         score = query[..., 1:] @ self.key(words).mT / self.key.out_features**0.5  # (B, T, W)
         word = torch.arange(end.shape[1], device=ids.device)
         read = word < complete[:, L - T :, None]  # (B, T, W): only words that were complete there
-        score = score.masked_fill(~read | (length == 0), -1e9)
+        score = score.masked_fill(~read | (letters == 0), -1e9)
         score = torch.cat((query[..., :1] + 4, score), -1)  # at first most is left to the spelling
-        share = score.softmax(-1)
+        share = score.softmax(-1)  # (B, T, W + 1)
 
-        # Which words begin with the letters so far, and which byte comes next in each?
-        next_at = (first[:, None] + size).clamp(max=L - 1)  # (B, T, W)
+        # Which words begin with the letters so far, and which byte comes next in each? Where
+        # "Lily saw Tim. Ti" ends, typed is 2, and of the three words
+        #     first 0 5 9   letters 4 3 3   next_at 2 7 11   fits 0 0 1   next_byte l w m
+        next_at = (first[:, None] + typed).clamp(max=L - 1)  # (B, T, W)
         before = (next_at - 1).clamp(min=0).flatten(1)
         alike = spelling.gather(1, before).view_as(next_at) == spelling[:, L - T :, None]
-        fits = (size == 0) | alike & (size <= length)
+        fits = (typed == 0) | alike & (typed <= letters)
         next_byte = ids.gather(1, next_at.flatten(1)).view_as(next_at)
         share_fits = share[..., 1:] * fits
-        over = size >= length  # spelled out: what follows a word is not copied
+        spelled_out = typed >= letters  # what follows a word is not copied
 
         # The probability that the head gave to the letters so far. (cache["p"] is what it said last
         # time, about the first byte of ids that is new.)
-        given = p[:, :-1].gather(2, ids[:, L - T + 1 :, None])[:, :, 0]
-        given = F.pad(given, (1, 0), value=1.0)
+        p_came = p[:, :-1].gather(2, ids[:, L - T + 1 :, None])[:, :, 0]
+        p_came = F.pad(p_came, (1, 0), value=1.0)
         if cache is not None:
             if "p" in cache:
-                given = cache["p"].gather(1, ids[:, L - T :])
+                p_came = cache["p"].gather(1, ids[:, L - T :])
             cache["p"] = p[:, -1]
-        total = extend(cache, "given", given.clamp(min=1e-12).log()).cumsum(1)
-        spelled = total[:, L - T :] - total.gather(1, begun)
-        own = share[..., 0] * spelled.clamp(min=-25).exp() + (share_fits * over).sum(-1)
-        return (own[:, :, None] * p).scatter_add(2, next_byte, share_fits * ~over)
+        total = extend(cache, "log_p", p_came.clamp(min=1e-12).log()).cumsum(1)
+        log_p = total[:, L - T :] - total.gather(1, before_word)
+        to_head = share[..., 0] * log_p.clamp(min=-25).exp() + (share_fits * spelled_out).sum(-1)
+        return (to_head[:, :, None] * p).scatter_add(2, next_byte, share_fits * ~spelled_out)
 
 
 class GPT(nn.Module):
@@ -464,10 +466,11 @@ class GPT(nn.Module):
         """Run the layers over the words that the last T bytes complete: x (B, T, C) -> the states
         of all W words, (B, W + 1, C); before them a row of zeros, for bytes before the first word.
 
-        With a cache some texts may complete a word while others do not. Say each has 3 words, done
-        (3, 3), and the next byte is a space in the first text, a letter in the second. Then new is
-        1 and slot (3, 3): both go through the layers as word number 3, and what comes out of the
-        second's, which has not ended, will be overwritten when it has.
+        In training L = T, no word is done before, and slot is 0 ... W-1. The rest is for
+        generation. There some texts may complete a word while others do not. Say two have 3 words,
+        so done is [[3], [3]], and the next byte is a space in the first, a letter in the second.
+        Then slot is [[3], [3]]: both go through the layers as their fourth word, and what comes out
+        of the second's, which has not ended, will be overwritten when it has.
         """
         B, T, _ = x.shape
         L = complete.shape[1]
@@ -481,10 +484,10 @@ class GPT(nn.Module):
             w = take(x, at.clamp(min=0))  # (B, new, C)
             cos = self.cos[slot][:, None]  # (B, 1, new, D/2)
             sin = self.sin[slot][:, None]
-            for i, block in enumerate(self.blocks):
-                kv = None
-                if cache is not None:
-                    kv = cache["layers"][i]
+            room = [None] * len(self.blocks)
+            if cache is not None:
+                room = cache["layers"]
+            for block, kv in zip(self.blocks, room):
                 w = block(w, cos, sin, kv, slot)
             w = norm(w)
         if cache is None:
@@ -509,14 +512,14 @@ class GPT(nn.Module):
             cache["bytes"][name] = x[row, :length].expand(B, *x[row, :length].shape)
         for x in (cache["words"][None], *cache["layers"]):  # (1 or 2, B, words, ...)
             x[:, :, : length + 1] = x[:, row, None, : length + 1].clone()
-        if "p" in cache:
+        if "p" in cache:  # of a longer text; but its use ends where a word does
             cache["p"] = cache["p"][row].expand(B, -1)
 
 
 # ---- 2. Sampling: one word after the other -------------------------------------------------------
 
 def choose(logits, temperature=1.0, top_p=1.0, generator=None):
-    """Draw a byte from each row. logits (B, 256), nats -> (B,) int64
+    """Draw from each row. logits (B, n), nats -> (B,) int64
 
     temperature below 1 favours what is likely; 0 takes the likeliest. top_p < 1 draws from the
     likeliest bytes that together have that probability (nucleus sampling, Holtzman et al. 2020).
@@ -532,7 +535,7 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
 
 
 LONGEST_WORD = 24  # bytes that are drawn before a candidate is chosen, at most
-TEMPERATURE = 0.45  # blind readers preferred it to 0.6, that to 0.8 and that to 1
+TEMPERATURE = 0.45  # blind readers preferred it to 0.6 (README)
 
 
 @torch.inference_mode()
@@ -560,9 +563,10 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
         byte_temperature = temperature
     longest = min(LONGEST_WORD, model.context // 4)
     ids = torch.tensor([[END, *prompt]]).repeat(B, 1)  # (B, n): the text, the same in each row
-    fed = model.context  # bytes in the cache; at first there is none, as if it were full
+    cache = None
+    fed = 0  # bytes in the cache
     while True:
-        if fed + longest > model.context:
+        if cache is None or fed + longest > model.context:
             cache = model.new_cache(B)
             new = ids
             if ids.shape[1] + longest > model.context:
@@ -652,15 +656,12 @@ def orthogonalize(x):
     x -> a x + b (x x') x + c (x x')^2 x leaves the singular vectors alone and sends each singular
     value s to a s + b s^3 + c s^5. The coefficients are Jordan's.
     """
-    tall = x.shape[0] > x.shape[1]
-    if tall:
-        x = x.T  # the smaller product x x'
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(x.T).T  # the smaller product x x'
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    if tall:
-        x = x.T
     return x
 
 
@@ -700,6 +701,7 @@ class Batches:
         if epoch != self.epoch:
             self.epoch = epoch
             random = np.random.default_rng((*self.seed, epoch))
+            # Windows begin elsewhere in each epoch.
             first = self.low + random.integers(min(self.context, self.high - self.low))
             windows = random.permutation(np.arange(first, self.high, self.context))
             self.order = np.resize(windows, self.per_epoch * self.batch)  # repeats a few if needed
@@ -736,8 +738,9 @@ def evaluation_windows(model, text, every=1, batch=16):
     is scored (in the first window, all). every: one window in `every`, for a quick look.
 
     Yields, for b windows at a time, on the CPU: ids (b, T) int64; target (b, T) the bytes to be
-    predicted; at (b, T) where in text those stand; scored (b, T) bool; logits (b, T, 256) and
-    states (b, T, C). No random numbers are used: evaluating changes nothing.
+    predicted; at (b, T) where those stand: target is text[at], ids is text[at - 1]; scored (b, T)
+    bool; logits (b, T, 256) and states (b, T, C). No random numbers are used: evaluating changes
+    nothing.
     """
     T = model.context
     padded = np.concatenate((np.zeros(1, np.uint8), text, np.zeros(T, np.uint8)))
@@ -771,13 +774,10 @@ PROMPT = b"Once upon a time, there was a little"
 
 
 def make_optimizers(model):
-    """Muon for the layers' matrices, AdamW for all around them. (Memory.step is the third.)"""
+    """Muon for the layers' matrices, Adam for all around them. (Memory.step is the third.)"""
     outside = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
     muon = Muon(model.blocks.parameters(), lr=0.02)
-    adam = torch.optim.AdamW(outside, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+    adam = torch.optim.Adam(outside, lr=3e-3, betas=(0.9, 0.95), fused=True)
     return [muon, adam]
 
 
@@ -803,12 +803,12 @@ def train_step(net, optimizers, ids, teacher, factor):
         teacher = teacher.flatten(0, 1).to(logits.device)
         loss = distillation_loss(logits, target, teacher, DISTILL_WEIGHT)
     loss.backward()
-    # One NaN or infinite number makes its sum one.
+    # A sum is NaN or infinite if any of its numbers is.
     gradients = torch.stack([p.grad.sum() for p in model.parameters()])
     finite = gradients.isfinite().all()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = optimizer.defaults["lr"] * factor
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -822,8 +822,8 @@ def train_step(net, optimizers, ids, teacher, factor):
 def train(args, start, before=None):
     """Train one model, from the text to the closing figures. -> the figures, a dict
 
-    args: the options; start: the second (time.monotonic) at which the budget begins; before: the
-    model and the checkpoint to go on from (--resume).
+    args: the options; start: the second (time.monotonic) at which the budget begins; before: with
+    --resume the model and the checkpoint to go on from.
     """
     prepare_cpu()  # two switches (section 8)
     device = pick_device(args.device)
@@ -841,7 +841,7 @@ def train(args, start, before=None):
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     with contextlib.closing(run):
         run.begin(model, optimizers, batches)
-        # The part of the budget that is gone; 1 as well when the text was read twice.
+        # The part of the budget that is gone, or of two epochs if that is more.
         while (progress := run.progress()) < 1:
             step = run.state["step"]
             ids, distributions = batches.get(step, taught=progress < args.distill)
