@@ -1068,12 +1068,12 @@ class Run:
         began = self.clock()
         bpb = evaluate(self.model, self.valid, every=8)
         evaluated = self.clock()
-        story = self.story(PROMPT, 120, candidates=1)
-        told = self.clock()
+        story = self.story(PROMPT, 80, candidates=1)
+        each_byte = (self.clock() - evaluated) / (80 - len(PROMPT))
         # The end needs a whole evaluation, a longer story, for each byte of which eight candidates
-        # take three times as long as one, and half a second for the checkpoint. (It never gets more
-        # than a quarter of the budget.)
-        needed = 8 * (evaluated - began) + 3 * self.length / 120 * (told - evaluated) + 0.5
+        # take twice as long as one, and half a second for the checkpoint. (It never gets more than
+        # a quarter of the budget.)
+        needed = 8 * (evaluated - began) + 2 * self.length * each_byte + 0.5
         state["reserve"] = min(needed, 15 * self.args.minutes)
         state["curve"].append((began, bpb))
         line = story.replace("\n", " ")
