@@ -803,6 +803,8 @@ def test_stories_begin_with_their_prompts_and_end_in_time(model):
         assert stories == write()
         assert all(story.startswith(prompt) for story, prompt in zip(stories, prompts))
         assert all(len(story) <= 80 and 0 not in story for story in stories)
+    tiniest = tiny.write_story(model, b"Once", 30, temperature=1e-40)
+    assert tiniest == tiny.write_story(model, b"Once", 30, temperature=0)
 
 
 class Words:

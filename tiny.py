@@ -524,7 +524,7 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
     temperature below 1 favours what is likely; 0 takes the likeliest. top_p < 1 draws from the
     likeliest bytes that together have that probability (nucleus sampling, Holtzman et al. 2020).
     """
-    if temperature < 1e-6:  # dividing by it would overflow
+    if temperature <= 1e-6:  # dividing by less would overflow
         return logits.argmax(-1)
     p = F.softmax(logits / temperature, -1, dtype=torch.float64)
     if top_p < 1:
@@ -558,7 +558,7 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
     """
     B = candidates
     byte_temperature = 1.0
-    if not 0 < temperature < 1 or candidates == 1:
+    if not 1e-6 < temperature < 1 or candidates == 1:
         B = 1
         byte_temperature = temperature
     longest = min(LONGEST_WORD, model.context // 4)
