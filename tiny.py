@@ -909,7 +909,7 @@ class Run:
         self.world = world  # processes
         self.clock = clock
         self.before = before
-        self.length = round(500 * min(2, args.minutes))  # bytes of the story at the end
+        self.length = round(400 * min(2, args.minutes))  # bytes of the story at the end
         self.baseline = None  # the n-gram's bits per byte
         self.log = None
         self.handlers = {}
@@ -1071,9 +1071,9 @@ class Run:
         story = self.story(PROMPT, 80, candidates=1)
         each_byte = (self.clock() - evaluated) / (80 - len(PROMPT))
         # The end needs a whole evaluation, a longer story, for each byte of which eight candidates
-        # take twice as long as one, and half a second for the checkpoint. (It never gets more than
-        # a quarter of the budget.)
-        needed = 8 * (evaluated - began) + 2 * self.length * each_byte + 0.5
+        # take three times as long as one, and half a second for the checkpoint. (It never gets more
+        # than a quarter of the budget.)
+        needed = 8 * (evaluated - began) + 3 * self.length * each_byte + 0.5
         state["reserve"] = min(needed, 15 * self.args.minutes)
         state["curve"].append((began, bpb))
         line = story.replace("\n", " ")
