@@ -986,13 +986,12 @@ class Run:
         self.model = model
         self.optimizers = optimizers
         self.batches = batches
-        if self.rank == 0:  # the first process writes; it holds the log as long as it runs
-            if self.before is None:
-                self.args.out = new_folder(self.args.out, "log.jsonl")
+        # The first process writes; it holds the log as long as it runs.
+        if self.rank == 0 and self.before is None:
+            self.take_folder()
+        elif self.rank == 0:
             self.log = lock(os.path.join(self.args.out, "log.jsonl"))
-            ended = False
-            if self.before is not None:
-                ended = self.before[1]["written"] != time_written(self.args.out)
+            ended = self.before[1]["written"] != time_written(self.args.out)
             if self.log is None or ended:
                 raise Problem(f"the run in {self.args.out} is still going; wait for it to end")
         if threading.current_thread() is threading.main_thread():  # no other may ask for signals
@@ -1097,14 +1096,18 @@ class Run:
                 break
         return readable(story)
 
+    def take_folder(self):
+        """Make a folder that is this run's alone, and hold its log."""
+        self.args.out = new_folder(self.args.out, "log.jsonl")
+        self.log = lock(os.path.join(self.args.out, "log.jsonl"))
+
     def keep_folder(self):
         """If the folder was moved away, even if another run has made one of its name since, go on
         in a new one."""
         log = os.path.join(self.args.out, "log.jsonl")
         if os.path.exists(log) and os.path.samestat(os.stat(log), os.fstat(self.log.fileno())):
             return
-        self.args.out = new_folder(self.args.out, "log.jsonl")
-        self.log = lock(os.path.join(self.args.out, "log.jsonl"))
+        self.take_folder()
 
     def time_to_save(self):
         return time.monotonic() - self.saved > SAVE_EVERY
