@@ -40,9 +40,9 @@ END = 0  # the byte between stories; no context reaches back beyond it
 # Say h was seen 4 times, 3 times before "a" and once before "b", and the discount is 0.75. Then "a"
 # has 2.25 / 4 and "b" 0.25 / 4 for sure, and 1.5 / 4 are handed down: p_{n-1} shares them out among
 # all bytes. So each distribution sums to 1; the literature calls it interpolation with the lower
-# order. "quick brown f" may be new, but "brown f" was seen, and if
-# not, "n f". A context that was never seen hands down everything. The models differ in `smooth`,
-# and both Kneser-Neys in what they count (section 2).
+# order. "quick brown f" may be new, but "brown f" was seen, and if not, "n f". A context that was
+# never seen hands down everything. The models differ in `smooth`, and both Kneser-Neys in what they
+# count (section 2).
 
 KNESER_NEY = ("kneser-ney", "modified-kneser-ney")
 SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute",
@@ -62,7 +62,7 @@ class Textbook:
         counts = {}  # counts[n][h, w]: the count of w after the n-1 bytes h
         for n in range(order, 0, -1):  # downwards: Kneser-Ney counts n-grams in the longer ones
             if n < order and smoothing in KNESER_NEY:
-                counts[n] = continuation_counts(counts[n + 1])
+                counts[n] = continuation_counts(counts[n + 1])  # section 2
             else:
                 counts[n] = Counter((context_before(text, i, n), text[i])
                                     for i in range(len(text)) if i != left_out)
@@ -128,10 +128,12 @@ def smooth(smoothing, count, different, constants):
 def discounts(smoothing, count):
     """What counts of 0, 1, 2, and 3 or more give up. count: of all n-grams of an order. -> (4,)
 
-    Absolute discounting and Kneser-Ney take the same y from every count (Chen & Goodman 1999,
-    equation 17). Modified Kneser-Ney asks more closely (26): an n-gram that was met c times here
-    can be expected (c + 1) * met[c + 1] / met[c] times in another text as long (Good 1953). Kept
-    between 0.01, as new text must stay possible, and the count itself."""
+    Absolute discounting and Kneser-Ney take the same y = met[1] / (met[1] + 2 met[2]) from every
+    count (Chen & Goodman 1999, equation 17). Modified Kneser-Ney asks more closely: an n-gram that
+    was met c times here can be expected (c + 1) met[c + 1] / met[c] times in another text as long
+    (Good 1953). Of this estimate its discount c - y (c + 1) met[c + 1] / met[c] (equation 26) takes
+    the part y, and is y itself for c = 1. Kept between 0.01, as new text must stay possible, and
+    the count itself."""
     if smoothing == "jelinek-mercer":  # a share of the count; the fast model learns a better one
         return np.full(4, 0.5)
     met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # [c]: n-grams met c times

@@ -77,8 +77,10 @@ def transformer_head(moment):
 def ngram_head(moment, ngram):
     """What followed the recent bytes in the training text (ngram.py)."""
     B, R = moment.recent.shape
+    # All rows become one text, in which an END after each keeps them apart, and is what is asked
+    # about. With R = 2, B = 2: a b | c d |, positions 2 and 5.
     text = np.pad(moment.recent, ((0, 0), (0, 1)), constant_values=END)  # (B, R + 1)
-    positions = R + (R + 1) * np.arange(B)  # the END behind each row keeps the rows apart
+    positions = R + (R + 1) * np.arange(B)
     return torch.from_numpy(ngram.probs(text.ravel(), positions))
 
 
@@ -196,7 +198,7 @@ class Fusion:
         """
         states = states.cpu()
         past = states[:, :-1]  # (B, P, C)
-        ended = (ids == END).flip(1).cumsum(1).flip(1)  # stories that end there or later
+        ended = (ids == END).flip(1).cumsum(1).flip(1)  # (B, n) how many END come there or later
         followed = ids.masked_fill(ended > 0, -1)[:, ids.shape[1] - past.shape[1] :]  # (B, P)
         recent = F.pad(ids, (self.reach, 0), value=END)[:, -self.reach :].to(torch.uint8).numpy()
         heads = self.distributions(Moment(p, states[:, -1], past, followed, recent))
@@ -205,7 +207,7 @@ class Fusion:
 
 def split_validation(valid):
     """-> the validation bytes that are scored, and as many others to learn the weights on: from
-    behind the middle, as the stories that lend their beginnings as prompts come before it"""
+    after the middle, since the prompts are taken from the first stories"""
     middle = min(300_000, len(valid) // 2)
     return valid[:middle][:100_000], valid[middle:][:100_000]
 

@@ -736,8 +736,8 @@ def test_a_word_is_as_likely_as_its_copies_and_its_spelling_together():
     states = torch.randn(1, T, 16)
     complete, end = tiny.find_words(ids)
     words = torch.randn(1, end.shape[1], 16)
-    spelling = tiny.contexts(ids, T)[:, :, tiny.WORD]
-    mixed = pointer(p, states, words, ids, spelling, complete, end)[0]
+    prefix = tiny.contexts(ids, T)[:, :, tiny.WORD]
+    mixed = pointer(p, states, words, ids, prefix, complete, end)[0]
     mixed = mixed / mixed.sum(-1, keepdim=True)
     for found in re.finditer(rb"\w+", text):
         start, stop = found.span()

@@ -10,17 +10,18 @@ is trained against the clock instead of for a number of steps, and how a model t
 Sections 1 to 5 are the subject: the model, sampling, the optimizer, data and loss, the training
 loop. Sections 6 to 9 are what a program owes its users; read them when you need them.
 
-Axes: B windows of text in a batch, T bytes in a window (L with the earlier ones that a cache
-knows), W words in it, C the model's width, H attention heads, D = C / H the width of a head, K
-kinds of context that the memory looks up.
+Axes: B windows of text in a batch, T bytes in a window (in generation T new bytes of L so far), W
+words in it, C the model's width, H attention heads, D = C / H the width of a head, K kinds of
+context that the memory looks up.
 """
 import os
 import time
 
 START = time.monotonic()  # the budget counts everything, the slow imports below included
 
-# PyTorch's threads spin while they wait for each other. Beside another process that made steps up
-# to 20 times as slow; to give up sooner costs 4 % where nothing else runs. (Before `import torch`.)
+# PyTorch's threads spin while they wait for each other. Where another process was running, that
+# made steps up to 20 times slower. Spinning for a shorter time costs 4 % where none is. (This must
+# be set before `import torch`.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -60,19 +61,19 @@ def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021). x (..., W, D); cos, sin (..., W, D/2) -> (..., W, D)
 
     Each pair of numbers is turned by an angle that grows with the position. The product of a query
-    and a key then depends on how far apart they are, not on where they are.
+    and a key then depends on how far apart they are, not on where they are. (GPT makes the angles.)
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 class Attention(nn.Module):
-    """Every word looks at the words before it and takes over what it finds (Vaswani et al. 2017).
+    """Every word looks at the words up to itself and gathers what they say (Vaswani et al. 2017).
 
     Each head makes three vectors of each word's vector: a query (what am I looking for?), a key
     (what am I?) and a value (what do I tell whoever finds me?). A word's score for an earlier one
-    is its query times that one's key. Softmax makes shares of the scores, and by these shares the
-    values are added up.
+    is its query times that one's key. Softmax turns the scores into attention weights, which sum to
+    1, and what the head finds is the values' weighted sum.
     """
 
     def __init__(self, width, heads):
@@ -85,8 +86,9 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, kv=None, slot=None):
         """x (B, W, C) -> (B, W, C)
 
-        Only for generation: kv, a KV cache, has room for the keys and values of S words, (2, B, S,
-        H, D). The words of x go into it at `slot`, (B, W) int64, and see all up to themselves.
+        For generation (skip it at first): kv, a KV cache, has room for the keys and values of S
+        words, (2, B, S, H, D). The words of x go into it at `slot`, (B, W) int64, which says how
+        many words of their text came before each (GPT.think), and see all up to themselves.
         """
         B, W, C = x.shape
         q, k, v = self.qkv(x).view(B, W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, W, D)
@@ -118,7 +120,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer: look around, then think. Each part is added to x (residual connection), so that
-    a layer only has to say what changes, and gradients find a straight way through."""
+    a layer only has to say what changes, and gradients flow straight through."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -142,8 +144,8 @@ KINDS = len(GRAMS) + 4
 WORD = len(GRAMS)  # the kind "the word so far"
 ODD = 6364136223846793005  # (Knuth's MMIX) to multiply by an odd number modulo 2^64 loses nothing
 INVERSE = pow(ODD, -1, 2**64) - 2**64  # ODD * INVERSE = 1 modulo 2^64; as a signed int64
-COUNTER_BITS = 24  # The first 24 bits of a context's hash say which of 2^24 counters is its own,
-#                    the first 19 of these (by default) which of 2^19 rows.
+COUNTER_BITS = 24  # The highest 24 bits of a context's hash say which of 2^24 counters is its own
+#                    (see Memory), the highest 19 of these (by default) which of 2^19 rows.
 
 
 def is_letter(ids):
@@ -203,27 +205,27 @@ def contexts(ids, T):
     skip = word + 5 * words[2]
     found = [span(now + 1 - n, now + 1) for n in GRAMS] + [word, pair, triple, skip]
     kind = torch.arange(KINDS, device=ids.device) * INVERSE
-    return (torch.stack(found, -1) ^ kind) * ODD  # the same hash in another kind: another context
+    # `kind` (any K numbers would do) makes the same bytes in another kind another context.
+    return (torch.stack(found, -1) ^ kind) * ODD
 
 
 class Memory(nn.Module):
     """A table with a vector for each context (by hash) and its own optimizer.
 
-    When a text is read a second time, the row of a context that was seen in a single place leaks
-    which byte came there, and the model learns to trust what says nothing about new text. So the
-    rule is: a row is used, to look it up and to learn it, only where its context was seen somewhere
-    else. The memory counts at how many steps of the first epoch each context was seen (once a step:
-    an assignment to the same counter twice is one), and asks for
+    When a text is read a second time, a row that was learned in this very place only leaks which
+    byte came here, and the model learns to trust what says nothing about new text. So the rule is:
+    a row is used, to look it up and to learn it, only where its context was seen somewhere else.
+    The memory counts at how many steps of the first epoch each context was seen, and asks for
 
         first epoch     1 or more: earlier steps were elsewhere
-        later epochs    3 or more: the first visit to this very place is one of those counted, so
-                        at least two others were
+        later epochs    3 or more: one was here. With one other place, it may be that only this one
+                        learned: the first visit to a context finds no row, and learns none
         not training    1 or more
 
     Rare contexts, which are most, do not fill the table either (McMahan et al. 2013).
 
     The vectors of a position's contexts are added, so the gradient of the sum is the gradient of
-    each. Nothing needs to go through autograd, and no gradient of the table's size is ever made.
+    each. So autograd may stop at the sum, and no gradient of the table's size is ever made.
     The optimizer is row-wise Adagrad (Duchi et al. 2011; one number per row: Naumov et al. 2019):
     the larger a row's gradients have been, the smaller its steps become, so that rare contexts
     learn fast and common ones settle.
@@ -273,6 +275,7 @@ class Memory(nn.Module):
         update = rate[:, :, None] * gradient[:, None]  # (N, K, C)
         self.table.index_add_(0, row, update.flatten(0, 1))
         if not self.second_epoch:
+            # Assigned, not added: a context that comes twice in a step is counted once.
             self.count[counter] = self.count[counter].clamp(max=254) + 1
 
 
@@ -322,18 +325,21 @@ class Pointer(nn.Module):
     """Copies words. To spell `Lily` letter by letter out of a vector takes long to learn; to point
     at the Lily that was read does not (pointer-sentinel mixture, Merity et al. 2016).
 
-    Where a word begins, one softmax gives a share a_i to each earlier word i and the rest, a_0, to
-    the head, which spells. So letters that begin a word have the probability
+    Where a word begins, one softmax gives a share a_i to each earlier word i and the rest, a_0 (the
+    sentinel), to the head, which spells. So a word begins with the letters `prefix` with
 
-        P(letters) = a_0 p_head(letters) + the sum of the a_i of all words that begin with them
+        P(prefix) = a_0 p_head(prefix) + the sum of the a_i of all words that begin with it
 
-    (a word that is spelled out gives its share to the head, which says what follows it), and a
-    letter c has P(letters so far + c) / P(letters so far). (The division is left to softmax, which
-    makes any numbers sum to 1.) While letters come, words that do not begin with them fall out, and
-    those that do gain weight against the spelling:
+    and the next letter is c with P(prefix + c) / P(prefix). (A word that is complete gives its
+    share to the head, which says what follows it.) With every letter, words that do not begin so
+    drop out, and those that do gain weight against the head. Say that after "Lily saw Tim. " the
+    shares are Lily 0.1, saw 0.1, Tim 0.3, head 0.5, and the head gives `Ti` a probability of 0.02.
+    After "Lily saw Tim. Ti" that leaves
 
-        "Lily saw Tim. Ti"    Lily and saw are out; a(Tim) is for m;
-                              a_0 p_head(Ti), by now a small number, for what the head says
+        Tim    0.3             for the letter m
+        head   0.5 x 0.02      for all bytes, as the head sees fit: 3 % of the sum
+
+    This class does not divide by P(prefix): the softmax of the loss, or of sampling, does.
     """
 
     def __init__(self, width):
@@ -342,11 +348,11 @@ class Pointer(nn.Module):
         self.key = nn.Linear(width, width // 2, bias=False)
         nn.init.zeros_(self.query.weight)
 
-    def forward(self, p, states, words, ids, spelling, complete, end, cache=None):
+    def forward(self, p, states, words, ids, prefix, complete, end, cache=None):
         """What comes after each of the last T of L bytes. -> (B, T, 256), to be normalised
 
         p (B, T, 256): what the head predicts; states (B, T, C): of these T bytes; words (B, W, C):
-        the states of the words; ids (B, L); spelling (B, L): a hash of the word so far; complete,
+        the states of the words; ids (B, L); prefix (B, L): a hash of the word so far; complete,
         end: from find_words.
         """
         B, T, _ = states.shape
@@ -354,7 +360,7 @@ class Pointer(nn.Module):
         position = torch.arange(L, device=ids.device)
         gap = torch.where(is_letter(ids), -1, position).cummax(1).values  # (B, L): last non-letter
         first = gap.gather(1, (end - 1).clamp(min=0)) + 1  # (B, W): each word's first letter
-        letters = (end - first).clamp(min=0)[:, None]  # (B, 1, W): how many it has
+        size = (end - first).clamp(min=0)[:, None]  # (B, 1, W): how many letters it has
         gap = gap[:, L - T :]
         typed = (position[L - T :] - gap)[:, :, None]  # (B, T, 1): letters of the word so far
         before_word = gap.clamp(min=0)  # (B, T): the byte before it; there its shares are made
@@ -363,20 +369,20 @@ class Pointer(nn.Module):
         score = query[..., 1:] @ self.key(words).mT / self.key.out_features**0.5  # (B, T, W)
         word = torch.arange(end.shape[1], device=ids.device)
         read = word < complete[:, L - T :, None]  # (B, T, W): only words that were complete there
-        score = score.masked_fill(~read | (letters == 0), -1e9)
-        score = torch.cat((query[..., :1] + 4, score), -1)  # at first most is left to the spelling
+        score = score.masked_fill(~read | (size == 0), -1e9)
+        score = torch.cat((query[..., :1] + 4, score), -1)  # + 4: at first the head has nearly all
         share = score.softmax(-1)  # (B, T, W + 1)
 
         # Which words begin with the letters so far, and which byte comes next in each? Where
         # "Lily saw Tim. Ti" ends, typed is 2, and of the three words
-        #     first 0 5 9   letters 4 3 3   next_at 2 7 11   fits 0 0 1   next_byte l w m
+        #     first 0 5 9   size 4 3 3   next_at 2 7 11   fits 0 0 1   next_byte l w m
         next_at = (first[:, None] + typed).clamp(max=L - 1)  # (B, T, W)
         before = (next_at - 1).clamp(min=0).flatten(1)
-        alike = spelling.gather(1, before).view_as(next_at) == spelling[:, L - T :, None]
-        fits = (typed == 0) | alike & (typed <= letters)
+        alike = prefix.gather(1, before).view_as(next_at) == prefix[:, L - T :, None]
+        fits = (typed == 0) | alike & (typed <= size)
         next_byte = ids.gather(1, next_at.flatten(1)).view_as(next_at)
         share_fits = share[..., 1:] * fits
-        spelled_out = typed >= letters  # what follows a word is not copied
+        is_whole = typed >= size  # what follows a word is not copied
 
         # The probability that the head gave to the letters so far. (cache["p"] is what it said last
         # time, about the first byte of ids that is new.)
@@ -388,19 +394,19 @@ class Pointer(nn.Module):
             cache["p"] = p[:, -1]
         total = extend(cache, "log_p", p_came.clamp(min=1e-12).log()).cumsum(1)
         log_p = total[:, L - T :] - total.gather(1, before_word)
-        to_head = share[..., 0] * log_p.clamp(min=-25).exp() + (share_fits * spelled_out).sum(-1)
-        return (to_head[:, :, None] * p).scatter_add(2, next_byte, share_fits * ~spelled_out)
+        to_head = share[..., 0] * log_p.clamp(min=-25).exp() + (share_fits * is_whole).sum(-1)
+        return (to_head[:, :, None] * p).scatter_add(2, next_byte, share_fits * ~is_whole)
 
 
 class GPT(nn.Module):
     """A byte-level GPT that thinks in words. rows: of the memory, a power of 2.
 
-    Bytes make long texts, so layers over bytes cost much. Here they see words only: the vector of a
-    word is that of the byte that ends it, where the memory knows the word by its letters. There are
-    five times fewer positions, so two layers cost less than one over bytes. Within a word, spelling
-    is left to what is cheap: the memory says what letters follow these letters, and the state of
-    the last complete word, what the story says, scales and shifts that (FiLM, Perez et al. 2018).
-    Last, the pointer copies words.
+    Bytes make long texts, so layers over bytes cost much. Here they see words only. The vector of a
+    word is that of the byte that ends it, as the memory's contexts there include the whole word.
+    There are five times fewer positions, so two layers cost less than one over bytes. Within a
+    word, spelling is left to what is cheap: the memory says what letters follow these letters, and
+    the state of the last complete word, what the story says, scales and shifts that (FiLM, Perez et
+    al. 2018). Last, the pointer copies words.
 
         bytes      embedding + memory ---------------------> scale, shift -> head -> pointer
                           | at the words' ends                  ^ of the last complete word
@@ -455,12 +461,13 @@ class GPT(nn.Module):
         complete, end = find_words(seen)
         x = norm(x + self.memory(hashes.flatten(0, 1)).view(B, T, -1))
         words = self.think(x, complete, end, cache)  # (B, W + 1, C)
+        # Row 0 of `words` is zeros, so row `complete` is that of the last complete word.
         scale, shift = take(self.film(words), complete[:, L - T :]).chunk(2, -1)
         states = norm(x * (1 + scale) + shift)
         p = self.head(states).float().softmax(-1)
-        spelling = extend(cache, "spelling", hashes[:, :, WORD])
-        p = self.pointer(p, states, words[:, 1:], seen, spelling, complete, end, cache)
-        return (p + 1e-30).log(), states
+        prefix = extend(cache, "prefix", hashes[:, :, WORD])
+        p = self.pointer(p, states, words[:, 1:], seen, prefix, complete, end, cache)
+        return (p + 1e-30).log(), states  # whose softmax is p, normalised
 
     def think(self, x, complete, end, cache):
         """Run the layers over the words that the last T bytes complete: x (B, T, C) -> the states
@@ -477,7 +484,7 @@ class GPT(nn.Module):
         done = complete.new_zeros(B, 1)  # words that were complete before
         if L > T:
             done = complete[:, L - T - 1 : L - T]
-        new = (complete[:, -1:] - done).max()  # words at most
+        new = (complete[:, -1:] - done).max()  # words that are new in the text with most of them
         slot = done + torch.arange(max(1, new), device=x.device)  # (B, new): their numbers
         if cache is None or new > 0:
             at = end.gather(1, slot.clamp(max=end.shape[1] - 1)) - (L - T)
@@ -512,8 +519,8 @@ class GPT(nn.Module):
             cache["bytes"][name] = x[row, :length].expand(B, *x[row, :length].shape)
         for x in (cache["words"][None], *cache["layers"]):  # (1 or 2, B, words, ...)
             x[:, :, : length + 1] = x[:, row, None, : length + 1].clone()
-        if "p" in cache:  # of a longer text; but its use ends where a word does
-            cache["p"] = cache["p"][row].expand(B, -1)
+        if "p" in cache:  # if what was cut off is longer than a byte, it is wrong; but then the
+            cache["p"] = cache["p"][row].expand(B, -1)  # word has ended, and nobody needs it
 
 
 # ---- 2. Sampling: one word after the other -------------------------------------------------------
@@ -591,7 +598,7 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
         if B > 1:
             row = choose(log_p[None] * (1 / temperature - 1), generator=generator).item()
             end = begin + length[row].item()
-            fed -= ids.shape[1] - end
+            fed -= ids.shape[1] - end  # as if the last byte of the chosen word had not been fed
             ids = ids[row, :end].repeat(B, 1)
             model.rewind(cache, row, fed)
         new = ids[:, -1:]  # drawn, but not fed yet
@@ -783,7 +790,8 @@ def make_optimizers(model):
 
 def schedule(progress):
     """Full speed for half the budget, then down to 0 in a straight line. 0 <= progress <= 1 -> the
-    factor for every optimizer's peak learning rate."""
+    factor for every optimizer's peak learning rate. How many steps fit into the budget is not known
+    beforehand, so a schedule over steps could not end at 0."""
     return min(1.0, 2 * (1 - progress))
 
 
