@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
         For generation (skip it at first): kv, a KV cache, has room for the keys and values of S
         words, (2, B, S, H, D). The words of x go into it at `slot`, (B, W) int64, which says how
-        many words of their text came before each (GPT.think), and see all up to themselves.
+        many words of their text came before each (GPT.think_on), and see all up to themselves.
         """
         B, W, C = x.shape
         q, k, v = self.qkv(x).view(B, W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, W, D)
@@ -470,14 +470,23 @@ class GPT(nn.Module):
         return (p + 1e-30).log(), states  # whose softmax is p, normalised
 
     def think(self, x, complete, end, cache):
-        """Run the layers over the words that the last T bytes complete: x (B, T, C) -> the states
-        of all W words, (B, W + 1, C); before them a row of zeros, for bytes before the first word.
+        """Run the layers over the words: x (B, T, C) -> the states of all W words, (B, W + 1, C);
+        before them a row of zeros, for bytes before the first word."""
+        if cache is not None:
+            return self.think_on(x, complete, end, cache)
+        W = end.shape[1]
+        w = take(x, end)  # (B, W, C)
+        for block in self.blocks:
+            w = block(w, self.cos[:W], self.sin[:W])
+        return F.pad(norm(w), (0, 0, 1, 0))
 
-        In training L = T, no word is done before, and slot is 0 ... W-1. The rest is for
-        generation. There some texts may complete a word while others do not. Say two have 3 words,
-        so done is [[3], [3]], and the next byte is a space in the first, a letter in the second.
-        Then slot is [[3], [3]]: both go through the layers as their fourth word, and what comes out
-        of the second's, which has not ended, will be overwritten when it has.
+    def think_on(self, x, complete, end, cache):
+        """The same in generation: only words that the last T bytes complete go through the layers.
+
+        Some texts may complete a word while others do not. Say two have 3 words, so done is [[3],
+        [3]], and the next byte is a space in the first, a letter in the second. Then slot is [[3],
+        [3]]: both go through the layers as their fourth word, and what comes out of the second's,
+        which has not ended, will be overwritten when it has.
         """
         B, T, _ = x.shape
         L = complete.shape[1]
@@ -485,23 +494,16 @@ class GPT(nn.Module):
         if L > T:
             done = complete[:, L - T - 1 : L - T]
         new = (complete[:, -1:] - done).max()  # words that are new in the text with most of them
-        slot = done + torch.arange(max(1, new), device=x.device)  # (B, new): their numbers
-        if cache is None or new > 0:
+        if new > 0:
+            slot = done + torch.arange(new, device=x.device)  # (B, new): their numbers
             at = end.gather(1, slot.clamp(max=end.shape[1] - 1)) - (L - T)
             w = take(x, at.clamp(min=0))  # (B, new, C)
             cos = self.cos[slot][:, None]  # (B, 1, new, D/2)
             sin = self.sin[slot][:, None]
-            room = [None] * len(self.blocks)
-            if cache is not None:
-                room = cache["layers"]
-            for block, kv in zip(self.blocks, room):
+            for block, kv in zip(self.blocks, cache["layers"]):
                 w = block(w, cos, sin, kv, slot)
-            w = norm(w)
-        if cache is None:
-            return F.pad(w, (0, 0, 1, 0))
-        if new > 0:
             row = torch.arange(B, device=x.device)[:, None]
-            cache["words"][row, slot + 1] = w
+            cache["words"][row, slot + 1] = norm(w)
         return cache["words"][:, : end.shape[1] + 1]
 
     def new_cache(self, B):
