@@ -82,6 +82,10 @@ def run(main):
             sys.exit(f"error: {error}")
     except Problem as problem:
         sys.exit(printable(f"error: {problem}"))
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for this
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit(f"error: not enough memory; try a smaller model, --order or --megabytes ({error})")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
 
@@ -262,7 +266,7 @@ def download(url, path, want):
                     break
                 reason = str(error) or "no answer"
                 silent = isinstance(error, SILENCE) and "CERTIFICATE" not in reason
-                if silent and status is None and os.path.getsize(part) == 0:
+                if silent and status is None and wait != 1 and os.path.getsize(part) == 0:
                     raise NoNetwork(reason) from None
                 if wait is None:
                     advice = "run again to go on, correct TINY_URL, or name a text with --data"
@@ -274,7 +278,8 @@ def download(url, path, want):
             save(path, stories + end + b"\n")
         os.remove(part)
     if not end:
-        raise Problem(f"{url} holds no {SEPARATOR.decode()}: not TinyStories; correct TINY_URL")
+        wrong = f"the first {want:,} bytes of {url} hold no {SEPARATOR.decode()}"
+        raise Problem(f"{wrong}; give more --megabytes, or correct TINY_URL")
 
 
 # ---- 4. Stories out of nothing -------------------------------------------------------------------
@@ -334,7 +339,7 @@ def load(files=None, valid=None, megabytes=100, cache="cache", least=2):
     began = time.monotonic()
     source = "TinyStories V2-GPT4"
     if files:
-        source = " ".join(map(str, files))
+        source = printable(" ".join(map(str, files)))
     elif valid:
         raise Problem("--valid needs --data: name the text to learn from as well")
     else:
@@ -409,7 +414,7 @@ def add_arguments(parser):
     files = dict(nargs="+", metavar="FILE", action="extend")
     add("--data", **files, help="text to learn from (default: TinyStories)")
     add("--valid", **files, help="text to be judged on (default: 5%% of --data)")
-    add("--megabytes", type=number(low=0, above=True), default=100, metavar="N",
+    add("--megabytes", type=number(float, 0, 1e6, above=True), default=100, metavar="N",
         help="how much of a text to use, and to download (default: %(default)s)")
     add("--cache", default="cache", metavar="DIR", help="for downloads (default: %(default)s)")
 

@@ -380,7 +380,10 @@ def rubric(stories, ref):
     for row, _ in ROWS:
         values = [row(story, ref) for story in stories]
         values = np.array([value for value in values if value is not None] or [math.nan])
-        table[row.__name__] = values.mean(), values.std() / max(1, len(values) - 1) ** 0.5
+        error = math.nan
+        if len(values) > 1:
+            error = values.std(ddof=1) / len(values) ** 0.5
+        table[row.__name__] = values.mean(), error
     return table
 
 
@@ -395,6 +398,15 @@ def rubric(stories, ref):
 STORIES = 40  # of each run, unless --n says otherwise
 SHORTEST = 200  # bytes of a validation story that lends its beginning as a prompt
 PROMPT_BYTES = 60  # that a prompt has at most
+
+
+def folder_and_heads(run):
+    """ "out+ngram+knn" -> "out", ["ngram", "knn"] """
+    names = []
+    while "+" in run and not os.path.isdir(run):
+        run, _, name = run.rpartition("+")
+        names.insert(0, name)
+    return run, names
 
 
 class Library:
@@ -457,6 +469,9 @@ class Library:
             raise Problem(f"the validation text has no story of more than {SHORTEST} bytes to take "
                           f"a prompt from; put {data.SEPARATOR.decode()} between its stories, or "
                           "name another with --data and --valid")
+        if len(real) < (self.args.n or STORIES):
+            notice(f"the validation text lends only {len(real)} prompts; put "
+                   f"{data.SEPARATOR.decode()} between its stories, or name more with --valid")
         prompts = []
         for story in real:
             beginning = re.match(rb"(\s*\S+){1,5}", story)[0]
@@ -478,11 +493,7 @@ class Library:
                     length = LENGTH - len(prompt)
                     stories.append(ngram.generate(prompt, length, args.temperature, seed))
             elif run != "real":
-                out = run
-                names = []
-                while "+" in out and not os.path.isdir(out):
-                    out, _, name = out.rpartition("+")
-                    names.insert(0, name)
+                out, names = folder_and_heads(run)
                 fusion = self.fusion(out, names)
                 # One generator for all: stories from the same prompt differ.
                 generator = torch.Generator().manual_seed(args.seed)
@@ -602,7 +613,7 @@ def person(first, second):
     while True:
         try:
             answer = input("Which is better? 1, 2, = (as good), q (stop, go on later): ").strip()
-        except (EOFError, RuntimeError):  # stdin has ended, or was closed
+        except (EOFError, RuntimeError, UnicodeError):  # stdin has ended, was closed, is no text
             return "q"
         if answer in ("1", "2", "=", "q"):
             return answer
@@ -629,7 +640,7 @@ def language_model(url, model, first, second):
             except urllib.error.HTTPError as error:
                 reply = error  # that is a reply too
             with reply:
-                text = reply.read().decode("utf-8", "replace")
+                text = reply.read(1_000_000).decode("utf-8", "replace")
             if key:
                 text = text.replace(key, "JUDGE_KEY")
             reason = f"HTTP {reply.status} {text[:300]}"  # the server's own words
@@ -666,13 +677,16 @@ def judge(library, runs, args):
         ask = functools.partial(in_both_orders, ask)
     pairs = blind_pairs(library, runs, args)
     score = Counter()
+    silent = 0  # pairs in a row without an answer
     for first, second, order in tqdm(pairs, disable=None if args.judge_url else True):
         try:
             answer = ask(first, second)
+            silent = 0
         except NoAnswer as error:
             answer = "none"
-            if score.total() == score["none"] == min(3, len(pairs)) - 1:  # none so far
-                raise Problem(f"--judge-url: no answer to the first pairs ({error}); run again "
+            silent += 1
+            if silent == min(3, len(pairs)):
+                raise Problem(f"--judge-url: no answer to {silent} pairs ({error}); run again "
                               "later, the answers so far are kept") from None
         if answer == "q":
             break
@@ -739,7 +753,7 @@ def parse_arguments(argv=None):
         epilog='example: python sample.py --prompt "One day, a cat" --n 3 --temperature 0.7')
     add = parser.add_argument
     number = data.number
-    add("--out", default="out", metavar="DIR", help="folder of the model (default: out)")
+    add("--out", metavar="DIR", help="folder of the model (default: the first RUN's, or out)")
     add("--prompt", default="Once upon a time", help="of each story")
     add("--n", type=number(int, 1), metavar="N", help="stories (default: 5; of each RUN: 40)")
     add("--length", type=number(int, 1), default=2000, metavar="N",
@@ -762,6 +776,11 @@ def parse_arguments(argv=None):
     add("--export", metavar="FILE", help="... by others: pairs to FILE, the key to FILE.key.json")
     data.add_arguments(parser)
     args = parser.parse_args(argv)
+    if args.out is None:
+        folders = [folder_and_heads(run)[0] for run in args.rubric or args.judge or []]
+        args.out = next(filter(os.path.isdir, folders), "out")
+    if args.export and os.path.exists(args.export):
+        raise Problem(f"{args.export} is there already; give --export another name")
     if (args.export or args.judge_url) and not args.judge:
         raise Problem("name the two runs: --judge RUN RUN")
     if args.judge_url and not re.match("https?://", args.judge_url):

@@ -27,6 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import argparse
 import contextlib
 import ctypes
+import errno
 import io
 import json
 import math
@@ -945,13 +946,16 @@ class Run:
                           f"torchrun --nproc_per_node={training['world']} tiny.py --resume ...")
         return training["state"]
 
-    def say(self, *words):
+    def say(self, words):
         """Print. That nobody reads it any more is no reason to stop training."""
         if self.rank == 0:
             try:
-                print(*words, flush=True)
-            except OSError:
-                mute(1)
+                print(printable(words), flush=True)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:  # what was said is kept, and tried again
+                    notice(f"cannot print: {error.strerror}")
+                else:
+                    mute(1)
 
     def count_ngram(self):
         """Count an n-gram and let it tell the first story. A teacher must know all of the text; for
@@ -1020,8 +1024,12 @@ class Run:
     def interrupt(self, number, frame):
         """Ctrl-C, SIGTERM, a closed terminal: stop after this step. A second one stops at once."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal is gone
+        if number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handlers.get(number, signal.SIG_DFL))
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step; once more: at once\n")
+        else:
+            signal.signal(number, signal.SIG_IGN)  # the terminal is gone, and may say so twice
             for descriptor in filter(os.isatty, (1, 2)):
                 mute(descriptor)
 
@@ -1156,6 +1164,8 @@ class Run:
         if saved:
             self.say(f"\ninterrupted after {self.state['step']:,} steps; all is saved in {out}\n"
                      f"go on: python tiny.py --resume {out}")
+        elif self.stopped:
+            notice(f"interrupted; --resume {out} goes on from what was saved before, if anything")
         if self.stopped or self.signal is not None:
             sys.exit(128 + (self.signal or signal.SIGTERM))
         return facts
@@ -1198,14 +1208,14 @@ class Run:
     def warn(self, bpb, epochs):
         """What the figures do not say by themselves."""
         step = self.state["step"]
-        if step < 20 and not self.args.steps:
+        if not self.args.steps and step >= self.batches.last_step:
+            notice(f"the run ended when it had read its text {epochs:.1f} times: overfitting sets "
+                   "in. Longer runs need more text: --data, --megabytes")
+        elif not self.args.steps and step < 20:
             notice(f"only {step} steps were made: set-up took the time; give more --minutes")
         elif not bpb < 8:
             notice("this is worse than knowing nothing (8 bits per byte): training diverged. Train "
                    "with a lower rate, such as --set rate=0.5")
-        elif not self.args.steps and step >= self.batches.last_step:
-            notice(f"the run ended when it had read its text {epochs:.1f} times: overfitting sets "
-                   "in. Longer runs need more text: --data, --megabytes")
         seconds = self.clock()
         if not self.args.steps and seconds > 63 * self.args.minutes:
             notice(f"this took {seconds:.1f} s instead of {60 * self.args.minutes:.1f}: counting "
@@ -1234,17 +1244,17 @@ def suppressed(words):
     try:
         yield
     except (OSError, Problem) as problem:
-        notice(f"{words} ({problem}); training goes on")
+        notice(f"{words} ({problem})")
 
 
 def picture(curve):
     """The learning curve, [(seconds, bpb), ...], as a bar a line, logarithmic. -> str"""
-    low = min((bpb for _, bpb in curve if bpb < 99), default=1)
+    low = max(1e-9, min((bpb for _, bpb in curve if bpb < 99), default=1))
     lines = ["bits per byte"]
     for seconds, bpb in curve:
         bar = "?"  # NaN
         if bpb < 99:
-            bar = "=" * round(1 + 25 * math.log(bpb / low))
+            bar = "=" * min(70, round(1 + 25 * math.log(max(bpb, 1e-9) / low)))
         lines.append(f"{seconds:6.0f} s  {bpb:.3f}  {bar}")
     return "\n".join(lines)
 
@@ -1509,7 +1519,8 @@ def parse_arguments(argv=None):
     if args.distill and not args.order:
         parser.error("--order 0 leaves no teacher: leave out --distill")
     setting = SIZES["small"] | SIZES.get(args.size, {}) | args.set
-    if setting["width"] % (2 * setting["heads"]) or setting["context"] not in range(8, 4097, 2):
+    unfit = setting["width"] % (2 * setting["heads"]) and not args.sweep  # which draws a width
+    if unfit or setting["context"] not in range(8, 4097, 2):
         parser.error("--set: width must be a multiple of 2 x heads, context even and at least 8")
     return args, None
 
