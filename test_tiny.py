@@ -36,7 +36,7 @@ import torch.nn.functional as F
 HERE = os.path.dirname(os.path.abspath(__file__))
 STORY = (b"Once upon a time there was a cat. The cat sat on a mat. The mat was red.\n"
          b"The cat said, \"I like this mat.\"")
-SMALL = ["--set", "width=16", "context=64", "--order", "4"]
+SMALL = ["--set", "width=16", "context=64", "--order", "4", "--device", "cpu"]
 SHORT_STORY = ["--minutes", "0.04"]  # with --steps, the minutes only say how long the last story is
 slow = pytest.mark.skipif("FAST" in os.environ, reason="slow, and FAST is set")
 
@@ -45,9 +45,10 @@ def script(*command, env=None, cwd=HERE, **options):
     """Run `python command...` as a user would -> CompletedProcess. No proxy to 127.0.0.1."""
     clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     clean.pop("TINY_URL", None)
-    clean |= {"PYTHONPATH": HERE} | (env or {})
+    clean |= {"PYTHONPATH": HERE, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          encoding="utf-8", cwd=cwd, env=clean, timeout=240, **options)
+                          encoding="utf-8", cwd=cwd, env=clean | (env or {}), timeout=600,
+                          **options)
 
 
 def scripts(*commands, **options):
@@ -91,11 +92,11 @@ def finished(tmp_path_factory, long_file):
     """One whole run of the main job on the clock, as a user starts it. -> (result, its folder)"""
     out = tmp_path_factory.mktemp("run") / "out"
     valid = out.with_name("valid.txt")  # a short one, so that looks are cheap on any machine
-    valid.write_bytes(data.invent(200, seed=1))
+    valid.write_bytes(data.invent(50, seed=1))
     texts = ["--data", long_file, "--valid", valid]
     # Small steps on one thread, so that beside busy processes, too, there are some hundred.
-    result = script("tiny.py", "--minutes", 0.4, *texts, "--out", out, "--order", 8, "--set",
-                    "width=32", "context=128", "batch=4", env={"OMP_NUM_THREADS": "1"})
+    result = script("tiny.py", "--minutes", 0.4, *texts, "--out", out, "--order", 8, "--device",
+                    "cpu", "--set", "width=32", "context=128", "batch=4")
     assert result.returncode == 0, result.stderr
     return result, out
 
@@ -195,7 +196,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.server.requests.append(self.headers["Range"])
                 kind = fault(len(self.server.requests))
                 if kind == "silent":
-                    return threading.Event().wait(2)
+                    return threading.Event().wait(5)
                 first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
                 status, content = 206, body[first : last + 1]
                 if self.headers.get("If-Range", version) != version or kind == "whole":
@@ -230,9 +231,12 @@ def quick(monkeypatch):
     """No proxy, no long waits. -> the list of waits that there would have been"""
     for name in [x for x in os.environ if x.lower().endswith("_proxy") or x == "TINY_URL"]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "*")
     waits = []
-    monkeypatch.setattr(data, "PATIENCE", 0.5)
-    monkeypatch.setattr(data.time, "sleep", waits.append)
+    monkeypatch.setattr(data, "PATIENCE", 1.5)
+    # Not time.sleep itself: the clocks of other tests would never sleep again.
+    time_of = types.SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
+    monkeypatch.setattr(data, "time", time_of)
     return waits
 
 
@@ -285,9 +289,12 @@ def test_another_process_at_the_same_download_is_waited_for(tmp_path, quick, mon
 def test_download_of_more_than_there_is(tmp_path, quick):
     whole = data.invent(20) + b"\n<|endoftext|>\n"
     for part in b"", whole:  # all has arrived before
-        (tmp_path / "x.part").write_bytes(part)
-        data.download(Server(whole).url, tmp_path / f"x{len(part)}", 10**9)
-        assert (tmp_path / f"x{len(part)}").read_bytes() == whole
+        path = tmp_path / f"x{len(part)}"
+        path.with_suffix(".part").write_bytes(part)
+        path.with_suffix(".lock").write_bytes(b'"one"')
+        server = Server(whole)
+        data.download(server.url, path, 10**9)
+        assert path.read_bytes() == whole and server.requests == [f"bytes={len(part)}-999999999"]
 
 
 @pytest.mark.parametrize("body, kind, words", [
@@ -305,6 +312,7 @@ def test_a_bad_certificate_is_not_no_network_but_silence_is(tmp_path, quick, mon
     with pytest.raises(data.Problem, match="self-signed"):
         data.download("https://x", tmp_path / "x", 10_000)
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: threading.Event().wait(9))
+    monkeypatch.setattr(data, "PATIENCE", 0.5)
     began = time.monotonic()
     with pytest.raises(data.NoNetwork):  # even a look-up of the name that never ends
         data.download("https://x", tmp_path / "y", 10_000)
@@ -386,8 +394,8 @@ def test_main_shows_the_text_on_any_terminal(tmp_path):
 
 def test_a_closed_stdout_is_no_traceback(tmp_path):
     (tmp_path / "x.txt").write_bytes(data.invent(20))
-    command = f"{sys.executable} data.py --data {tmp_path / 'x.txt'} >&-"
-    result = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True)
+    code = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    result = script("-c", code, "data.py", "--data", tmp_path / "x.txt")
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -548,9 +556,9 @@ def test_mixture_weights_are_those_that_made_the_data(truth):
 
 def test_mixture_weights_are_fast():
     p = np.random.default_rng(0).random((300_000, 4)) ** [[1, 2, 3, 4]]
-    began = time.perf_counter()
+    began = time.thread_time()
     ngram.mixture_weights(p)
-    assert time.perf_counter() - began < 10
+    assert time.thread_time() - began < 10
 
 
 def test_jelinek_mercers_shares_are_the_best(stories):
@@ -952,11 +960,12 @@ def test_main_job(finished):
     assert 24 * 0.95 < float(facts["seconds"]) < 24 * 1.05  # ±2 % of five minutes are 6 s
     assert float(facts["val_bpb"]) < 1.5 and float(facts["ngram_bpb"]) < 0.6
     assert int(facts["bytes_seen"]) == int(facts["steps"]) * 4 * 128
-    assert "\r" not in result.stderr and "NOTICE" not in result.stderr
+    assert "%|" not in result.stderr and "NOTICE" not in result.stderr  # no bar but on a terminal
     assert result.stdout.rstrip().endswith(f"python sample.py --out {out}")
     assert sorted(os.listdir(out)) == ["log.jsonl", "model.pt"]
     rows = [json.loads(line) for line in open(out / "log.jsonl", encoding="utf-8")]
-    assert 5 <= len(rows) <= len(tiny.LOOKS) and rows[-1]["bpb"] < rows[0]["bpb"]
+    due = sum(part > rows[0]["seconds"] / 24 for part in tiny.LOOKS)
+    assert due <= len(rows) <= len(tiny.LOOKS) and rows[-1]["bpb"] < rows[0]["bpb"]
     _, checkpoint = tiny.load_checkpoint(out)
     assert checkpoint["facts"]["val_bpb"] == float(facts["val_bpb"]) and checkpoint["made_here"]
 
@@ -987,7 +996,8 @@ def tiny_runs(monkeypatch, tmp_path, stories_file):
         tiny.main([str(option) for option in (*where, *options)])
         return torch.load(tmp_path / name / "model.pt", weights_only=True)["weights"]
 
-    return train
+    yield train
+    shutil.rmtree(tmp_path, ignore_errors=True)  # each run leaves 17 MB
 
 
 def same(a, b):
@@ -1091,6 +1101,7 @@ def test_no_run_ever_touches_another(tiny_runs, monkeypatch, tmp_path, capsys):
     with pytest.raises(data.Problem, match="still going"):
         tiny_runs("b", "--resume", tmp_path / "b")
     held.close()
+    os.utime(tmp_path / "b" / "model.pt", (1, 1))  # some file systems' clocks are coarse
     args, before = tiny.parse_arguments(["--resume", str(tmp_path / "b")])
     tiny_runs("b", "--resume", tmp_path / "b")  # ends while another is starting up
     with pytest.raises(data.Problem, match="still going"):
@@ -1165,7 +1176,10 @@ def test_killed_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, storie
     for i in range(5):  # two at a time, as most of it is starting up
         runs = {out: start(out) for out in (tmp_path / f"{i}a", tmp_path / f"{i}b")}
         for out, run in runs.items():
-            while not out.exists() and run.poll() is None:
+            awaited = out
+            if i % 2 == 0:  # in the other rounds it may be killed before its first step
+                awaited = out / "model.pt"
+            while not awaited.exists() and run.poll() is None:
                 time.sleep(0.01)
             time.sleep(random.uniform(0.3, 1.5))
             run.kill()
@@ -1209,7 +1223,14 @@ def test_nan_gradients_are_skipped_and_counted(tiny_runs, monkeypatch, tmp_path,
     (["--steps", 8, "--set", "rate=1e5"], "diverged"),
     (["--steps", 9, "--set", "rate=1e20"], "diverged"),
 ])
-def test_figures_that_mean_nothing_are_said_to(tiny_runs, capsys, options, words):
+def test_figures_that_mean_nothing_are_said_to(tiny_runs, monkeypatch, capsys, options, words):
+    train_step = tiny.train_step
+
+    def unhurried(*rest):
+        time.sleep(0.01)
+        return train_step(*rest)
+
+    monkeypatch.setattr(tiny, "train_step", unhurried)
     tiny_runs("a", "--order", 0, *options)
     assert words in capsys.readouterr().err
 
@@ -1253,26 +1274,43 @@ def test_a_full_disk_in_the_middle_stops_nothing(tiny_runs, monkeypatch, capsys)
     assert capsys.readouterr().err.count("No space left on device)") == 3
 
 
+def test_a_second_signal(monkeypatch):
+    """Ctrl-C does what it did before the run; a terminal may say twice that it is gone."""
+    monkeypatch.setattr(tiny, "mute", lambda descriptor: None)
+    handlers = {signal.SIGINT: signal.default_int_handler}
+    for number, second in (*handlers.items(), (signal.SIGHUP, signal.SIG_IGN)):
+        before = signal.getsignal(number)
+        run = types.SimpleNamespace(handlers=handlers)
+        tiny.Run.interrupt(run, number, None)
+        assert run.signal == number and signal.signal(number, before) == second
+
+
+@pytest.fixture
+def hangup():
+    """SIGHUP as usual: nohup would have it ignored, by children too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @slow
-def test_a_closed_terminal_is_survived(tmp_path, stories_file):
+def test_a_closed_terminal_is_survived(tmp_path, stories_file, monkeypatch, hangup):
     """As `| head -2`: the reader goes away, the training does not. SIGHUP ends it like SIGTERM."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = [sys.executable, "tiny.py", "--data", stories_file, *SMALL, "--out", tmp_path / "a"]
     command = [str(x) for x in (*command, *SHORT_STORY, "--steps", 60)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=HERE) as run:
         run.stdout.readline()
         run.stdout.close()
-        assert run.wait(60) == 0
+        assert run.wait(300) == 0
     assert tiny.load_checkpoint(tmp_path / "a")[1]["facts"]["steps"] == 60
     command[-5:] = [tmp_path / "b", "--minutes", "5"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE) as run:
-        while b"bits per byte |" not in run.stdout.readline():
-            pass
-        for _ in range(3):  # the shell and the system may both send it
-            run.send_signal(signal.SIGHUP)
-            time.sleep(0.02)
+        while b"bits per byte |" not in (line := run.stdout.readline()):
+            assert line
+        run.send_signal(signal.SIGHUP)
         assert b"go on: python tiny.py --resume" in run.stdout.read()  # it may be a file
-        assert run.wait(60) == 128 + signal.SIGHUP
+        assert run.wait(300) == 128 + signal.SIGHUP
     assert tiny.load_checkpoint(tmp_path / "b")[1]["training"] is not None
 
 
@@ -1288,7 +1326,10 @@ def factors(monkeypatch):
 
     monkeypatch.setattr(tiny, "train_step", watched)
     monkeypatch.setattr(tiny, "LEAST", 10**9)  # the little text may be read again and again
-    return seen
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # beside busy processes several would wait for each other
+    yield seen
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("place", ["look", "save"])
@@ -1318,7 +1359,7 @@ def test_the_rate_falls_to_0_though_a_look_took_long(tiny_runs, monkeypatch, fac
         return evaluate(model, text, every)
 
     monkeypatch.setattr(tiny, "evaluate", slow_look)
-    tiny_runs("a", "--minutes", 0.05, "--order", 0)
+    tiny_runs("a", "--minutes", 0.1, "--order", 0)
     assert factors[0] == 1 and factors[-1] < 0.11
     assert max(a - b for a, b in zip(factors, factors[1:])) < 0.11
 
@@ -1396,14 +1437,19 @@ def test_seeds_and_sweep(tmp_path, stories_file):
 def test_ends_on_time_under_load(tmp_path, long_file):
     (tmp_path / "valid.txt").write_bytes(data.invent(20, seed=1))
     texts = ["--data", long_file, "--valid", tmp_path / "valid.txt"]
+    command = ["tiny.py", *texts, *SMALL, "--minutes", 0.3, "--out", tmp_path / "o"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    run = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, env=env,
+                           encoding="utf-8", stdout=subprocess.PIPE)
+    run.stdout.readline()  # to import PyTorch may take as long as it likes
     hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     try:
-        result = script("tiny.py", *texts, *SMALL, "--minutes", 0.3, "--out", tmp_path / "o",
-                        env={"OMP_NUM_THREADS": "1"})
+        output, _ = run.communicate()
     finally:
         for hog in hogs:
             hog.kill()
-    assert 18 * 0.8 < float(closing_block(result.stdout)["seconds"]) < 18 * 1.2
+    assert run.returncode == 0
+    assert 18 * 0.8 < float(closing_block(output)["seconds"]) < 18 * 1.2
 
 
 def test_a_gpu_is_tried_before_its_group_is_joined(monkeypatch):
@@ -1456,13 +1502,13 @@ if world > 1:  # together: a process that leaves on its own can pull the other o
     torch.distributed.destroy_process_group()
 """
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-            "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+            "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--local_addr=127.0.0.1"]
 
 
 def torchrun(*command, cwd, **env):
     """One start of torchrun in thirty is aborted here (SIGABRT), before anything of ours runs."""
     for _ in range(3):
-        result = script(*command, cwd=cwd, env={"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", **env})
+        result = script(*command, cwd=cwd, env=env)
         if result.returncode != -signal.SIGABRT and "SIGABRT" not in result.stderr:
             return result
     return result
@@ -1498,7 +1544,8 @@ class Evil:
         return os.mkdir, ("ran",)
 
 
-def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(tiny_runs, tmp_path):
+def test_a_damaged_or_foreign_checkpoint_is_refused(tiny_runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tiny_runs("a", "--steps", 2)
     path = tmp_path / "a" / "model.pt"
     whole = path.read_bytes()
@@ -1546,7 +1593,7 @@ def test_the_budget_begins_at_the_call():
 
 # ---- sample.py -----------------------------------------------------------------------------------
 
-NARROW = ["--set", "width=32", "--order", 0, "--minutes", 0.1]
+NARROW = ["--set", "width=32", "--order", 0, "--minutes", 0.1, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -1586,9 +1633,10 @@ def test_fused_is_better_than_each_head(fused):
     assert alone[1] == pytest.approx(counting.bits_per_byte(scored), rel=1e-4)
 
 
-def test_generation_asks_the_heads_what_scoring_asked(fused):
+def test_generation_asks_the_heads_what_scoring_asked(fused, monkeypatch):
     """A byte's distribution is the same whether a text is scored in windows or drawn, candidates
     and all."""
+    monkeypatch.setattr(sample, "NEIGHBORS", 10**6)  # which is the last of 64 rounding may decide
     fusion, valid = fused
     fusion.weights = np.array([0.1, 0.2, 0.3, 0.4])
     asked = []
@@ -1700,7 +1748,8 @@ def test_one_story_says_nothing_of_its_error():
     assert value == 0 and np.isnan(error)
 
 
-def test_the_text_is_that_of_the_first_run_that_is_named(tmp_path):
+def test_the_text_is_that_of_the_first_run_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     command = ["--rubric", "stories.txt", f"{tmp_path}+ngram", "other"]
     assert sample.parse_arguments(command).out == str(tmp_path)
     assert sample.parse_arguments(["--rubric", "ngram"]).out == "out"
@@ -1814,7 +1863,7 @@ def endpoint(two_runs, tmp_path, monkeypatch, capsys):
         def answer(self, status, body):
             self.send_response(status)
             if status == 302:
-                self.send_header("Location", f"http://localhost:{self.server.server_port}/x")
+                self.send_header("Location", f"http://127.1:{self.server.server_port}/x")
             self.send_header("Content-Length", str(len(body) + 9 * (body == b"cut")))
             self.end_headers()
             self.wfile.write(body)
@@ -1921,7 +1970,7 @@ def test_length_counts_bytes_after_any_prompt(fused, capsys, prompt, shown):
     library.model = lambda out: (fused[0].model, None)
     sample.tell(library, library.args)
     told = capsys.readouterr().out.removesuffix("\n")
-    assert told.startswith(shown) and len(told) - len(shown) <= 20
+    assert told and told.startswith(shown) and len(told) - len(shown) <= 20
 
 
 def test_stories_from_the_same_prompt_differ(fused):

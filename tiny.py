@@ -1519,7 +1519,8 @@ def parse_arguments(argv=None):
     if args.distill and not args.order:
         parser.error("--order 0 leaves no teacher: leave out --distill")
     setting = SIZES["small"] | SIZES.get(args.size, {}) | args.set
-    unfit = setting["width"] % (2 * setting["heads"]) and not args.sweep  # which draws a width
+    chosen = "width" in args.set or not args.sweep  # --sweep draws a width that fits
+    unfit = chosen and setting["width"] % (2 * setting["heads"])
     if unfit or setting["context"] not in range(8, 4097, 2):
         parser.error("--set: width must be a multiple of 2 x heads, context even and at least 8")
     return args, None
