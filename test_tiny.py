@@ -1255,7 +1255,7 @@ def test_a_full_disk_under_the_output_is_reported(tmp_path, stories_file):
     with open("/dev/full", "w") as full:
         run = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, text=True,
                              stdout=full, stderr=subprocess.PIPE)
-    assert run.returncode == 1 and "NOTICE: cannot print: No space left" in run.stderr
+    assert run.returncode == 0 and run.stderr.count("NOTICE: cannot print: No space left") == 1
     assert tiny.load_checkpoint(tmp_path / "a")[1]["facts"]["steps"] == 3
 
 

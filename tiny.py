@@ -27,7 +27,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import argparse
 import contextlib
 import ctypes
-import errno
 import io
 import json
 import math
@@ -952,10 +951,9 @@ class Run:
             try:
                 print(printable(words), flush=True)
             except OSError as error:
-                if error.errno == errno.ENOSPC:  # what was said is kept, and tried again
-                    notice(f"cannot print: {error.strerror}")
-                else:
-                    mute(1)
+                if not isinstance(error, BrokenPipeError):
+                    notice(f"cannot print: {error.strerror}; no more is shown")
+                mute(1)
 
     def count_ngram(self):
         """Count an n-gram and let it tell the first story. A teacher must know all of the text; for
