@@ -1441,7 +1441,8 @@ def test_ends_on_time_under_load(tmp_path, long_file):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     run = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, env=env,
                            encoding="utf-8", stdout=subprocess.PIPE)
-    run.stdout.readline()  # to import PyTorch may take as long as it likes
+    while " | " not in (line := run.stdout.readline()):  # the first look; set-up took what it took
+        assert line
     hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     try:
         output, _ = run.communicate()
