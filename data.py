@@ -154,6 +154,8 @@ def save(path, content):
 
 def lock(path):
     """-> `path`, open and ours until it is closed or the process ends; None if another holds it."""
+    if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
+        raise Problem(f"{path} is no file; remove it")  # a link could lead to any file
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         file = open(path, "a+b")

@@ -18,6 +18,7 @@ from collections import Counter
 from itertools import product
 
 import numpy as np
+import numpy.random  # numpy itself would import it at its first use, and lose a Ctrl-C meanwhile
 
 END = 0  # the byte between stories; no context reaches back beyond it
 

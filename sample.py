@@ -461,6 +461,7 @@ class Library:
         _, held_out = split_validation(self.text().valid)
         return Fusion(model, names, ngram, self.text().train).fit(held_out)
 
+    @functools.cache
     def prompts(self):
         """Beginnings of validation stories, and these stories. -> list of bytes, list of bytes"""
         real = [story for story in split_stories(self.text().valid) if len(story) > SHORTEST]
@@ -547,7 +548,7 @@ CRITERIA = (
     "persons and things stay who and what they are?) and plot (does one thing lead to the next, is "
     "there a problem and an ending?). A story may be cut off at its end: do not mind.")
 QUESTION = "Which is better? End with one line: ANSWER: 1, ANSWER: 2 or ANSWER: ="
-VERDICT = re.compile(r"answer\W*?:\W*?(?:story\W*)?([12=])", re.IGNORECASE)  # or **ANSWER:** 1
+VERDICT = re.compile(r"(?im)answer\W*?:\W*?(?:story\W*)?([12=])\W*$")  # or **ANSWER:** 1
 ANSWERS = "answers.jsonl"
 
 
@@ -582,7 +583,7 @@ def read_answers():
     if os.path.exists(ANSWERS):
         with open(ANSWERS, encoding="utf-8", errors="replace") as file:
             for line in file:
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut off
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     row = json.loads(line)
                     if row["answer"] in ("1", "2", "="):
                         known[row["id"]] = row["answer"]
@@ -779,8 +780,9 @@ def parse_arguments(argv=None):
     if args.out is None:
         folders = [folder_and_heads(run)[0] for run in args.rubric or args.judge or []]
         args.out = next(filter(os.path.isdir, folders), "out")
-    if args.export and os.path.exists(args.export):
-        raise Problem(f"{args.export} is there already; give --export another name")
+    for path in (args.export, f"{args.export}.key.json"):
+        if args.export and os.path.exists(path):
+            raise Problem(f"{path} is there already; give --export another name")
     if (args.export or args.judge_url) and not args.judge:
         raise Problem("name the two runs: --judge RUN RUN")
     if args.judge_url and not re.match("https?://", args.judge_url):

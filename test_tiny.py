@@ -156,6 +156,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
 def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path):
     code = f"import data, os; print(data.lock({str(tmp_path / 'lock')!r}), flush=True); os._exit(1)"
+    (tmp_path / "link").symlink_to(tmp_path / "anything")
+    with pytest.raises(data.Problem, match="is no file"):
+        data.lock(tmp_path / "link")
     with data.lock(tmp_path / "lock"):
         assert script("-c", code).stdout == "None\n"
     assert "None" not in script("-c", code).stdout  # ended without closing it
@@ -1280,9 +1283,11 @@ def test_a_second_signal(monkeypatch):
     handlers = {signal.SIGINT: signal.default_int_handler}
     for number, second in (*handlers.items(), (signal.SIGHUP, signal.SIG_IGN)):
         before = signal.getsignal(number)
+        other = signal.getsignal(signal.SIGTERM)
         run = types.SimpleNamespace(handlers=handlers)
         tiny.Run.interrupt(run, number, None)
         assert run.signal == number and signal.signal(number, before) == second
+        signal.signal(signal.SIGTERM, other)
 
 
 @pytest.fixture
@@ -1891,7 +1896,9 @@ def endpoint(two_runs, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("answer, verdicts", [
     ("Because.\n**ANSWER:** 1", ["1"]), ("**Answer**: Story 2.", ["2"]), ("ANSWER:=", ["="]),
-    ("Story 1 is longer. ANSWER: none", []),
+    ("Story 1 is longer. ANSWER: none", []), ("ANSWER: 12", []),
+    ("ANSWER: 2\n\nGood night!", ["2"]),
+    ("You want ANSWER: 1, ANSWER: 2 or ANSWER: =. I cannot tell.", []),
 ])
 def test_verdicts_are_read_tolerantly(answer, verdicts):
     assert sample.VERDICT.findall(answer) == verdicts
@@ -1987,6 +1994,7 @@ BAD = [  # command, words of the one line that answers it
     ("tiny.py --data missing.txt", ["cannot read missing.txt", "name another file"]),
     ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 513"]),
     ("tiny.py --minutes 0", ["--minutes"]), ("tiny.py --minutes nan", ["--minutes"]),
+    ("tiny.py --seeds 2 --sweep 2", ["--sweep", "not allowed"]),
     ("tiny.py --steps 0", ["--steps"]), ("tiny.py --distill 1.5", ["--distill"]),
     ("tiny.py --order 300", ["--order"]), ("tiny.py --order 0 --distill 0.5", ["no teacher"]),
     ("tiny.py --set width=30 heads=4", ["multiple of 2 x heads"]),
@@ -2001,6 +2009,7 @@ BAD = [  # command, words of the one line that answers it
     ("sample.py --out broken", ["not a checkpoint"]), ("sample.py --out isfolder", ["isfolder"]),
     ("sample.py --device cuda", ["--device cuda"]), ("sample.py --export x", ["--judge RUN RUN"]),
     ("sample.py --judge a b --export stories.txt", ["stories.txt is there already"]),
+    ("sample.py --judge a b --export short.txt.key", ["short.txt.key.key.json is there"]),
     ("sample.py --fuse nonsense", ["no head 'nonsense'", "ngram, knn, cache"]),
     ("sample.py --judge out out --data stories.txt", ["model.pt", "train a model first"]),
     ("sample.py --judge a b --judge-url host", ["--judge-url host", "https://"]),
@@ -2017,6 +2026,7 @@ def test_bad_input_gets_one_line(tmp_path, command, words, monkeypatch, capsys):
     """In this process, with what data.run makes of it; nothing is written."""
     (tmp_path / "short.txt").write_bytes(b"Too short.")
     (tmp_path / "stories.txt").write_bytes(data.invent(50))
+    (tmp_path / "short.txt.key.key.json").write_bytes(b"{}")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.pt").write_bytes(b"no checkpoint")
     (tmp_path / "isfolder" / "model.pt").mkdir(parents=True)

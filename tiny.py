@@ -1023,7 +1023,8 @@ class Run:
         """Ctrl-C, SIGTERM, a closed terminal: stop after this step. A second one stops at once."""
         self.signal = number
         if number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handlers.get(number, signal.SIG_DFL))
+            for second in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(second, self.handlers.get(second, signal.SIG_DFL))
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping after this step; once more: at once\n")
         else:
@@ -1157,11 +1158,14 @@ class Run:
         else:
             facts = self.conclude()
         out = shlex.quote(self.args.out.replace(os.sep, "/"))
+        start = "python"
+        if self.world > 1:
+            start = f"torchrun --nproc_per_node={self.world}"
         if facts:
             self.say(f"\nmore stories: python sample.py --out {out}")
         if saved:
             self.say(f"\ninterrupted after {self.state['step']:,} steps; all is saved in {out}\n"
-                     f"go on: python tiny.py --resume {out}")
+                     f"go on: {start} tiny.py --resume {out}")
         elif self.stopped:
             notice(f"interrupted; --resume {out} goes on from what was saved before, if anything")
         if self.stopped or self.signal is not None:
@@ -1503,8 +1507,10 @@ def parse_arguments(argv=None):
     add("--set", type=override, nargs="+", action="extend", default=[], metavar="NAME=N",
         help=f"change a size's {', '.join(SIZES['small'])}")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1, metavar="N", help="(default: 1)")
-    add("--seeds", type=number(int, 2), metavar="N", help="N runs, seeds 1 to N: how much is luck?")
-    add("--sweep", type=number(int, 2), metavar="N", help="N runs of settings drawn at random")
+    series = parser.add_mutually_exclusive_group().add_argument
+    series("--seeds", type=number(int, 2), metavar="N",
+        help="N runs, seeds 1 to N: how much is luck?")
+    series("--sweep", type=number(int, 2), metavar="N", help="N runs of settings drawn at random")
     add("--resume", metavar="DIR", help="go on with an interrupted run, with its options")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", metavar="NAME",
         help="auto, cpu, cuda, mps (default: auto)")
