@@ -1,8 +1,8 @@
 """Read stories from a trained model, fuse it with simpler models, find out which stories are good.
 
 By the end of this file you know how other models can be mixed in when the next byte is predicted
-(fusion), so that the bits per byte fall; why that can make the stories worse; and how stories can
-be evaluated instead: by counting what goes wrong (a rubric), and by asking someone who does not
+(fusion), so that the bits per byte fall; what that does to the stories; and how stories can be
+evaluated instead: by counting what goes wrong (a rubric), and by asking someone who does not
 know which model wrote which story (a blind judge). The commands:
 
     python sample.py --prompt "One day, a cat" --n 3      stories
@@ -122,10 +122,11 @@ class Fusion:
     Shallow fusion usually mixes logarithms at decoding; here it is linear interpolation of
     probabilities, a mixture.
 
-    Each head knows something that the others do not, so the mixture needs fewer bits; and the plain
-    transformer's stories get worse (README). Our reading: more than two thirds of the mixture are
-    the n-gram then. It knows better which letters follow these letters, which is most of a byte's
-    bits, and after a dozen bytes has forgotten whom the story is about, which is hardly any.
+    Each head knows something that the others do not, so the mixture needs fewer bits. The plain
+    transformer's sentences get better then, but its stories lose their thread (README). Our
+    reading: more than two thirds of the mixture are the n-gram. It knows better which letters
+    follow these letters, which is most of a byte's bits, and after a dozen bytes has forgotten whom
+    the story is about, which is hardly any.
     """
     NAMES = ("ngram", "knn", "cache")
 
