@@ -85,7 +85,9 @@ def run(main):
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for this
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.exit(f"error: not enough memory; try a smaller model, --order or --megabytes ({error})")
+        reason = str(error).partition("\n")[0]
+        advice = "try a smaller model, --order or --megabytes"
+        sys.exit(f"error: not enough memory; {advice} ({reason})")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
 
@@ -268,7 +270,8 @@ def download(url, path, want):
                     break
                 reason = str(error) or "no answer"
                 silent = isinstance(error, SILENCE) and "CERTIFICATE" not in reason
-                if silent and status is None and wait != 1 and os.path.getsize(part) == 0:
+                silent = silent and status is None and os.path.getsize(part) == 0
+                if silent and wait != 1:  # not at the first try: once may be an accident
                     raise NoNetwork(reason) from None
                 if wait is None:
                     advice = "run again to go on, correct TINY_URL, or name a text with --data"
@@ -280,8 +283,8 @@ def download(url, path, want):
             save(path, stories + end + b"\n")
         os.remove(part)
     if not end:
-        wrong = f"the first {want:,} bytes of {url} hold no {SEPARATOR.decode()}"
-        raise Problem(f"{wrong}; give more --megabytes, or correct TINY_URL")
+        wrong = f"the first {want:,} bytes of {url} hold no {SEPARATOR.decode()}: not TinyStories"
+        raise Problem(f"{wrong}; correct TINY_URL, or give more --megabytes")
 
 
 # ---- 4. Stories out of nothing -------------------------------------------------------------------

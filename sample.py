@@ -781,9 +781,10 @@ def parse_arguments(argv=None):
     if args.out is None:
         folders = [folder_and_heads(run)[0] for run in args.rubric or args.judge or []]
         args.out = next(filter(os.path.isdir, folders), "out")
-    for path in (args.export, f"{args.export}.key.json"):
-        if args.export and os.path.exists(path):
-            raise Problem(f"{path} is there already; give --export another name")
+    if args.export:
+        for path in (args.export, f"{args.export}.key.json"):
+            if os.path.exists(path):
+                raise Problem(f"{path} is there already; give --export another name")
     if (args.export or args.judge_url) and not args.judge:
         raise Problem("name the two runs: --judge RUN RUN")
     if args.judge_url and not re.match("https?://", args.judge_url):

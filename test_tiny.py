@@ -42,12 +42,13 @@ slow = pytest.mark.skipif("FAST" in os.environ, reason="slow, and FAST is set")
 
 
 def script(*command, env=None, cwd=HERE, **options):
-    """Run `python command...` as a user would -> CompletedProcess. No proxy to 127.0.0.1."""
+    """Run `python command...` as a user would, on one thread. -> CompletedProcess. No proxy to
+    127.0.0.1."""
     clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     clean.pop("TINY_URL", None)
     clean |= {"PYTHONPATH": HERE, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          encoding="utf-8", cwd=cwd, env=clean | (env or {}), timeout=600,
+                          encoding="utf-8", cwd=cwd, env=clean | (env or {}), timeout=240,
                           **options)
 
 
@@ -238,8 +239,8 @@ def quick(monkeypatch):
     waits = []
     monkeypatch.setattr(data, "PATIENCE", 1.5)
     # Not time.sleep itself: the clocks of other tests would never sleep again.
-    time_of = types.SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
-    monkeypatch.setattr(data, "time", time_of)
+    stand_in = types.SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
+    monkeypatch.setattr(data, "time", stand_in)
     return waits
 
 
@@ -301,7 +302,7 @@ def test_download_of_more_than_there_is(tmp_path, quick):
 
 
 @pytest.mark.parametrize("body, kind, words", [
-    (BODY, 404, "404.*TINY_URL"), (b"<html>" * 1000, None, "correct TINY_URL")])
+    (BODY, 404, "404.*TINY_URL"), (b"<html>" * 1000, None, "not TinyStories; correct TINY_URL")])
 def test_download_says_what_is_wrong(tmp_path, quick, body, kind, words):
     with pytest.raises(data.Problem, match=words):
         data.download(Server(body, lambda n: kind).url, tmp_path / "x", 1000)
@@ -559,9 +560,9 @@ def test_mixture_weights_are_those_that_made_the_data(truth):
 
 def test_mixture_weights_are_fast():
     p = np.random.default_rng(0).random((300_000, 4)) ** [[1, 2, 3, 4]]
-    began = time.thread_time()
+    began = time.process_time()
     ngram.mixture_weights(p)
-    assert time.thread_time() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_jelinek_mercers_shares_are_the_best(stories):
@@ -968,7 +969,7 @@ def test_main_job(finished):
     assert sorted(os.listdir(out)) == ["log.jsonl", "model.pt"]
     rows = [json.loads(line) for line in open(out / "log.jsonl", encoding="utf-8")]
     due = sum(part > rows[0]["seconds"] / 24 for part in tiny.LOOKS)
-    assert due <= len(rows) <= len(tiny.LOOKS) and rows[-1]["bpb"] < rows[0]["bpb"]
+    assert max(5, due) <= len(rows) <= len(tiny.LOOKS) and rows[-1]["bpb"] < rows[0]["bpb"]
     _, checkpoint = tiny.load_checkpoint(out)
     assert checkpoint["facts"]["val_bpb"] == float(facts["val_bpb"]) and checkpoint["made_here"]
 
@@ -1225,6 +1226,7 @@ def test_nan_gradients_are_skipped_and_counted(tiny_runs, monkeypatch, tmp_path,
     (["--minutes", 1e-3], "steps were made"), (["--minutes", 1e-3], "s instead of 0.1"),
     (["--steps", 8, "--set", "rate=1e5"], "diverged"),
     (["--steps", 9, "--set", "rate=1e20"], "diverged"),
+    (["--minutes", 1, "--set", "rate=1e3", "batch=64"], "diverged"),  # ends after two epochs
 ])
 def test_figures_that_mean_nothing_are_said_to(tiny_runs, monkeypatch, capsys, options, words):
     train_step = tiny.train_step
@@ -1274,7 +1276,8 @@ def test_a_full_disk_in_the_middle_stops_nothing(tiny_runs, monkeypatch, capsys)
     monkeypatch.setattr(tiny, "save", failing)
     monkeypatch.setattr(tiny, "SAVE_EVERY", 0)
     tiny_runs("a", "--steps", 6)
-    assert capsys.readouterr().err.count("No space left on device)") == 3
+    told = "no checkpoint was written (cannot write model.pt: No space left on device)"
+    assert capsys.readouterr().err.count(told) == 3
 
 
 def test_a_second_signal(monkeypatch):
@@ -1307,7 +1310,7 @@ def test_a_closed_terminal_is_survived(tmp_path, stories_file, monkeypatch, hang
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=HERE) as run:
         run.stdout.readline()
         run.stdout.close()
-        assert run.wait(300) == 0
+        assert run.wait(60) == 0
     assert tiny.load_checkpoint(tmp_path / "a")[1]["facts"]["steps"] == 60
     command[-5:] = [tmp_path / "b", "--minutes", "5"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=HERE) as run:
@@ -1315,7 +1318,7 @@ def test_a_closed_terminal_is_survived(tmp_path, stories_file, monkeypatch, hang
             assert line
         run.send_signal(signal.SIGHUP)
         assert b"go on: python tiny.py --resume" in run.stdout.read()  # it may be a file
-        assert run.wait(300) == 128 + signal.SIGHUP
+        assert run.wait(60) == 128 + signal.SIGHUP
     assert tiny.load_checkpoint(tmp_path / "b")[1]["training"] is not None
 
 
@@ -2009,7 +2012,7 @@ BAD = [  # command, words of the one line that answers it
     ("sample.py --out broken", ["not a checkpoint"]), ("sample.py --out isfolder", ["isfolder"]),
     ("sample.py --device cuda", ["--device cuda"]), ("sample.py --export x", ["--judge RUN RUN"]),
     ("sample.py --judge a b --export stories.txt", ["stories.txt is there already"]),
-    ("sample.py --judge a b --export short.txt.key", ["short.txt.key.key.json is there"]),
+    ("sample.py --judge a b --export pairs", ["pairs.key.json is there already"]),
     ("sample.py --fuse nonsense", ["no head 'nonsense'", "ngram, knn, cache"]),
     ("sample.py --judge out out --data stories.txt", ["model.pt", "train a model first"]),
     ("sample.py --judge a b --judge-url host", ["--judge-url host", "https://"]),
@@ -2026,7 +2029,7 @@ def test_bad_input_gets_one_line(tmp_path, command, words, monkeypatch, capsys):
     """In this process, with what data.run makes of it; nothing is written."""
     (tmp_path / "short.txt").write_bytes(b"Too short.")
     (tmp_path / "stories.txt").write_bytes(data.invent(50))
-    (tmp_path / "short.txt.key.key.json").write_bytes(b"{}")
+    (tmp_path / "pairs.key.json").write_bytes(b"{}")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.pt").write_bytes(b"no checkpoint")
     (tmp_path / "isfolder" / "model.pt").mkdir(parents=True)

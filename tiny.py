@@ -521,8 +521,10 @@ class GPT(nn.Module):
             cache["bytes"][name] = x[row, :length].expand(B, *x[row, :length].shape)
         for x in (cache["words"][None], *cache["layers"]):  # (1 or 2, B, words, ...)
             x[:, :, : length + 1] = x[:, row, None, : length + 1].clone()
-        if "p" in cache:  # if what was cut off is longer than a byte, it is wrong; but then the
-            cache["p"] = cache["p"][row].expand(B, -1)  # word has ended, and nobody needs it
+        # Where more than a byte was cut off this is what the head said later on. But then a word
+        # has just ended, and the pointer needs it within a word only.
+        if "p" in cache:
+            cache["p"] = cache["p"][row].expand(B, -1)
 
 
 # ---- 2. Sampling: one word after the other -------------------------------------------------------
@@ -1088,8 +1090,10 @@ class Run:
         each_byte = (self.clock() - evaluated) / (80 - len(PROMPT))
         # The end needs a whole evaluation, a longer story, for each byte of which eight candidates
         # take three times as long as one, and half a second for the checkpoint. (It never gets more
-        # than a quarter of the budget.)
+        # than a quarter of the budget.) A look is short, and a hiccup in it counts many times over:
+        # hence the mean of this estimate and the one before.
         needed = 8 * (evaluated - began) + 3 * self.length * each_byte + 0.5
+        needed = (needed + state["reserve"]) / 2
         state["reserve"] = min(needed, 15 * self.args.minutes)
         state["curve"].append((began, bpb))
         line = story.replace("\n", " ")
@@ -1210,16 +1214,18 @@ class Run:
     def warn(self, bpb, epochs):
         """What the figures do not say by themselves."""
         step = self.state["step"]
-        if not self.args.steps and step >= self.batches.last_step:
-            notice(f"the run ended when it had read its text {epochs:.1f} times: overfitting sets "
-                   "in. Longer runs need more text: --data, --megabytes")
-        elif not self.args.steps and step < 20:
+        on_the_clock = not self.args.steps
+        read_twice = on_the_clock and step >= self.batches.last_step
+        if on_the_clock and step < 20 and not read_twice:
             notice(f"only {step} steps were made: set-up took the time; give more --minutes")
         elif not bpb < 8:
             notice("this is worse than knowing nothing (8 bits per byte): training diverged. Train "
                    "with a lower rate, such as --set rate=0.5")
+        elif read_twice:
+            notice(f"the run ended when it had read its text {epochs:.1f} times: overfitting sets "
+                   "in. Longer runs need more text: --data, --megabytes")
         seconds = self.clock()
-        if not self.args.steps and seconds > 63 * self.args.minutes:
+        if on_the_clock and seconds > 63 * self.args.minutes:
             notice(f"this took {seconds:.1f} s instead of {60 * self.args.minutes:.1f}: counting "
                    "(--order), a step or evaluating was too slow for so short a run")
 
@@ -1251,12 +1257,13 @@ def suppressed(words):
 
 def picture(curve):
     """The learning curve, [(seconds, bpb), ...], as a bar a line, logarithmic. -> str"""
-    low = max(1e-9, min((bpb for _, bpb in curve if bpb < 99), default=1))
+    low = min((bpb for _, bpb in curve if bpb < 99), default=1)
     lines = ["bits per byte"]
     for seconds, bpb in curve:
         bar = "?"  # NaN
         if bpb < 99:
-            bar = "=" * min(70, round(1 + 25 * math.log(max(bpb, 1e-9) / low)))
+            above = math.log((bpb + 1e-9) / (low + 1e-9))  # a constant text may have 0 bits
+            bar = "=" * min(70, round(1 + 25 * above))
         lines.append(f"{seconds:6.0f} s  {bpb:.3f}  {bar}")
     return "\n".join(lines)
 
