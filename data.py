@@ -1,7 +1,8 @@
 """Bytes in, bytes out: where the text comes from, and how it becomes numbers.
 
-By the end you know why a byte-level model needs no tokenizer (a byte already is a number below
-256) and how stories are told apart (byte 0 stands between them). `python data.py` shows the text.
+By the end you know why a byte-level model needs no tokenizer and how stories are told apart (byte 0
+stands between them). A tokenizer cuts text into frequent pieces and numbers these, since a model
+needs numbers; a byte already is one, below 256. `python data.py` shows the text.
 
 Text comes from the first of these that is there: files named with --data; TinyStories (Eldan &
 Li, 2023), downloaded once; stories made from a template, so that all works without a network.
@@ -47,7 +48,8 @@ def split_stories(array):
 
 
 def split(text):
-    """(n,) uint8 -> text to train on and to validate on: the last 5%, at a story's end if near."""
+    """(n,) uint8 -> text to train on, text to validate on: the last 5%, cut where the nearest story
+    ends, if that is near."""
     at = int(0.95 * len(text))
     near = len(text) // 50
     ends = np.flatnonzero(text[at - near : at + near] == END) + at - near
@@ -57,8 +59,8 @@ def split(text):
 
 
 # ==================================================================================================
-# You may stop reading here. What follows gets the text: files, a download that goes on where it
-# broke, stories made up where there is no network, options. The subject goes on in ngram.py.
+# You may stop reading here. What follows gets the text: files, a download that resumes where it
+# broke off, stories made up where there is no network, options. The subject goes on in ngram.py.
 # ==================================================================================================
 
 
@@ -105,7 +107,7 @@ def notice(words):
 
 
 def read(paths, megabytes=math.inf):
-    """Read text files, at most so many megabytes of each. -> (n,) uint8, with END between files."""
+    """Read text files, at most `megabytes` MB of each. -> (n,) uint8, with END between files."""
     contents = []
     for path in paths:
         try:
@@ -138,7 +140,7 @@ def save(path, content):
     """Write bytes so that `path` is the whole old file or the whole new one, whatever happens."""
     temporary = f"{path}.tmp{os.getpid()}"
     if os.path.exists(path) and not os.path.isfile(path):
-        raise Problem(f"{path} is no file; give another name")
+        raise Problem(f"{path} is not a regular file; give another name")
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as file:
@@ -157,7 +159,7 @@ def save(path, content):
 def lock(path):
     """-> `path`, open and ours until it is closed or the process ends; None if another holds it."""
     if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
-        raise Problem(f"{path} is no file; remove it")  # a link could lead to any file
+        raise Problem(f"{path} is not a regular file; remove it")  # a link could lead to any file
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         file = open(path, "a+b")

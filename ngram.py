@@ -41,9 +41,9 @@ END = 0  # the byte between stories; no context reaches back beyond it
 # Say h was seen 4 times, 3 times before "a" and once before "b", and the discount is 0.75. Then "a"
 # has 2.25 / 4 and "b" 0.25 / 4 for sure, and 1.5 / 4 are handed down: p_{n-1} shares them out among
 # all bytes. So each distribution sums to 1; the literature calls it interpolation with the lower
-# order. "quick brown f" may be new, but "brown f" was seen, and if not, "n f". A context that was
-# never seen hands down everything. The models differ in `smooth`, and both Kneser-Neys in what they
-# count (section 2).
+# order. The context "quick brown f" may be new, but "brown f" was seen, and if not, "n f". A
+# context that was never seen hands down everything. The models differ in `smooth`, and both
+# Kneser-Neys in what they count (section 2).
 
 KNESER_NEY = ("kneser-ney", "modified-kneser-ney")
 SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute",
@@ -70,7 +70,7 @@ class Textbook:
         if constants is None:
             constants = {n: discounts(smoothing, list(counts[n].values())) for n in counts}
         self.constants = constants
-        self.followers = {}  # followers[h][w]: the same counts, by context
+        self.followers = {}  # followers[h][w]: the same counts, by context (of any length)
         for n in counts:
             for (context, byte), count in counts[n].items():
                 self.followers.setdefault(context, {})[byte] = count
@@ -86,7 +86,7 @@ class Textbook:
             discount, added = smooth(self.smoothing, count, len(count), self.constants[n])
             denominator = count.sum() + added
             handed = discount.sum() + added
-            p *= handed / denominator
+            p *= handed / denominator  # p was that of order n - 1; with the next line it is p_n
             p[list(followers)] += (count - discount) / denominator
         return p
 
@@ -131,10 +131,9 @@ def discounts(smoothing, count):
 
     Absolute discounting and Kneser-Ney take the same y = met[1] / (met[1] + 2 met[2]) from every
     count (Chen & Goodman 1999, equation 17). Modified Kneser-Ney asks more closely: an n-gram that
-    was met c times here can be expected (c + 1) met[c + 1] / met[c] times in another text as long
-    (Good 1953). Of this estimate its discount c - y (c + 1) met[c + 1] / met[c] (equation 26) takes
-    the part y, and is y itself for c = 1. Kept between 0.01, as new text must stay possible, and
-    the count itself."""
+    was met c times here can be expected r = (c + 1) met[c + 1] / met[c] times in another text as
+    long (Good 1953). Its discount is c - y r (equation 26); for c = 1 that is y again. Clipped to
+    lie between 0.01, as new bytes must stay possible, and c."""
     if smoothing == "jelinek-mercer":  # a share of the count; the fast model learns a better one
         return np.full(4, 0.5)
     met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # [c]: n-grams met c times
@@ -159,7 +158,8 @@ def discounts(smoothing, count):
 
 def continuation_counts(longer):
     """The counts of order n + 1, {(context, byte): count} -> the continuation counts of order n.
-    Each different longer n-gram is one byte before the shorter one:
+    Each different longer n-gram puts one different byte in front of the shorter one. (F has less
+    than a third of d here, as the discount takes most of its single count.)
 
     >>> text = b"San Francisco, San Francisco, San Francisco, my dog, a dog, the dog"
     >>> for smoothing in ("absolute", "kneser-ney"):

@@ -1,9 +1,9 @@
 """Read stories from a trained model, fuse it with simpler models, find out which stories are good.
 
-By the end of this file you know how other models can be mixed in when the next byte is predicted
-(fusion), so that the bits per byte fall; what that does to the stories; and how stories can be
-evaluated instead: by counting what goes wrong (a rubric), and by asking someone who does not
-know which model wrote which story (a blind judge). The commands:
+By the end of section 3 you know how other models can be mixed in when the next byte is predicted
+(fusion), so that the bits per byte fall, and how stories can be evaluated instead, by counting what
+goes wrong (a rubric). Section 5 asks someone who does not know which model wrote which story (a
+blind judge). The commands:
 
     python sample.py --prompt "One day, a cat" --n 3      stories
     python sample.py --score --fuse ngram,knn,cache       bits per byte, alone and fused
@@ -27,7 +27,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -77,8 +76,8 @@ def transformer_head(moment):
 def ngram_head(moment, ngram):
     """What followed the recent bytes in the training text (ngram.py)."""
     B, R = moment.recent.shape
-    # All rows become one text, in which an END after each keeps them apart, and is what is asked
-    # about. With R = 2, B = 2: a b | c d |, positions 2 and 5.
+    # All rows become one text, in which an END (|) after each keeps them apart, and is what is
+    # asked about. With R = 2, B = 2: a b | c d |, positions 2 and 5.
     text = np.pad(moment.recent, ((0, 0), (0, 1)), constant_values=END)  # (B, R + 1)
     positions = R + (R + 1) * np.arange(B)
     return torch.from_numpy(ngram.probs(text.ravel(), positions))
@@ -88,8 +87,8 @@ def knn_head(moment, keys, values):
     """What followed the most similar moments of the training text (Khandelwal et al. 2020).
 
     keys (M, C), values (M,) the bytes that followed. Similar means near in state. The search is
-    exact, one matrix product: |a - b|^2 = |a|^2 - 2ab + |b|^2, and |a|^2, the same for all entries,
-    changes neither their order nor their shares.
+    exact, one matrix product: for a state a and a key b, |a - b|^2 = |a|^2 - 2ab + |b|^2, and
+    |a|^2, the same for all keys, changes neither their order nor their shares.
     """
     distance = torch.addmm(keys.square().sum(1), moment.state, keys.T, alpha=-2)  # (B, M)
     near, index = distance.topk(min(NEIGHBORS, len(keys)), largest=False)  # (B, k)
@@ -119,14 +118,13 @@ def vote(share, byte):
 class Fusion:
     """p = the sum of weight x head. Made for one model; tiny.generate calls it for each byte.
 
-    Shallow fusion usually mixes logarithms at decoding; here it is linear interpolation of
-    probabilities, a mixture.
+    (Shallow fusion usually adds logarithms; this is linear interpolation of probabilities.)
 
     Each head knows something that the others do not, so the mixture needs fewer bits. The plain
     transformer's sentences get better then, but its stories lose their thread (README). Our
-    reading: more than two thirds of the mixture are the n-gram. It knows better which letters
-    follow these letters, which is most of a byte's bits, and after a dozen bytes has forgotten whom
-    the story is about, which is hardly any.
+    reading: more than two thirds of the mixture are the n-gram. It knows better which letters come
+    next, and that is most of the bits. After a dozen bytes it no longer knows whom the story is
+    about, but that costs few bits.
     """
     NAMES = ("ngram", "knn", "cache")
 
@@ -149,8 +147,8 @@ class Fusion:
     def moments(self, text):
         """Read text, (n,) uint8, as tiny.evaluate does. Yields (Moment, target (B,)) till its end.
 
-        Each byte is the target once. The B rows of a Moment are the scored positions of one window.
-        An example, where the second half of a window is scored, and | stands for END:
+        Each byte is the target once. A Moment has a row for each scored position of one window. In
+        this example the second half of a window is scored, and | stands for END:
 
             position   0  1  2  3  4  5
             ids        a  b  |  c  d  e
@@ -365,7 +363,7 @@ def copied_8(story, ref):
 
 
 def ends(story, ref):
-    """Share of stories that end by themselves before the cut, %. Not whether the end is one."""
+    """Share of stories that end by themselves before the cut, %. Not whether the end is good."""
     return 100.0 * (len(story.encode()) < LENGTH - 3)  # the cut may spare up to 3 bytes
 
 

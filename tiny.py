@@ -10,7 +10,7 @@ is trained against the clock instead of for a number of steps, and how a model t
 Sections 1 to 5 are the subject: the model, sampling, the optimizer, data and loss, the training
 loop. Sections 6 to 9 are what a program owes its users; read them when you need them.
 
-Axes: B windows of text in a batch, T bytes in a window (in generation T new bytes of L so far), W
+Axes: B windows of text in a batch, T bytes in a window (when generating, T new bytes of all L), W
 words in it, C the model's width, H attention heads, D = C / H the width of a head, K kinds of
 context that the memory looks up.
 """
@@ -20,7 +20,7 @@ import time
 START = time.monotonic()  # the budget counts everything, the slow imports below included
 
 # PyTorch's threads spin while they wait for each other. Where another process was running, that
-# made steps up to 20 times slower. Spinning for a shorter time costs 4 % where none is. (This must
+# made steps up to 20 times slower. Spinning for a shorter time costs 4 % where none was. (This must
 # be set before `import torch`.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -51,6 +51,9 @@ from ngram import NGram
 
 
 # ---- 1. The model --------------------------------------------------------------------------------
+# The whole is `class GPT`, at the end of this section; its docstring is the map. In short: layers
+# look at words, and everything smaller than a word is left to a table. (With --plain every byte is
+# a word, and there is no table.)
 
 def norm(x):
     """Scale each vector to mean 0 and variance 1: LayerNorm (Ba et al. 2016) without a gain."""
@@ -60,8 +63,9 @@ def norm(x):
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021). x (..., W, D); cos, sin (..., W, D/2) -> (..., W, D)
 
-    Each pair of numbers is turned by an angle that grows with the position. The product of a query
-    and a key then depends on how far apart they are, not on where they are. (GPT makes the angles.)
+    Each pair of numbers, j and j + D/2, is turned by an angle that grows with the position. The
+    product of a query and a key (see Attention) then depends on how far apart they are, not on
+    where they are. (GPT makes the angles.)
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
@@ -142,7 +146,7 @@ class Block(nn.Module):
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes; four more kinds are about words
 KINDS = len(GRAMS) + 4
 WORD = len(GRAMS)  # the kind "the word so far"
-ODD = 6364136223846793005  # (Knuth's MMIX) to multiply by an odd number modulo 2^64 loses nothing
+ODD = 6364136223846793005  # Knuth's, for MMIX; multiplying by an odd number mod 2^64 loses nothing
 INVERSE = pow(ODD, -1, 2**64) - 2**64  # ODD * INVERSE = 1 modulo 2^64; as a signed int64
 COUNTER_BITS = 24  # The highest 24 bits of a context's hash say which of 2^24 counters is its own
 #                    (see Memory), the highest 19 of these (by default) which of 2^19 rows.
@@ -158,20 +162,21 @@ def is_letter(ids):
 def contexts(ids, T):
     """Hash the contexts that each of the last T bytes completes: ids (B, t) -> (B, T, K), int64.
 
-    (You may skip how. It gives one number for each position and kind of context, which is equal
-    where the contexts are equal.) The hash of bytes a..b-1 is the sum of (byte_j + 1) *
-    ODD^(j-a), modulo 2^64 as int64 wraps around. With the running sum S[i] of (byte_j + 1) * ODD^j
-    over all j < i it is (S[b] - S[a]) / ODD^a, and dividing is multiplying by INVERSE^a. So
-    contexts of any length, words too, are hashed at every position without a loop.
-
-    `gap` holds the last position up to i that is no letter, `last` the last that is one (_ is a
-    space):
-
-        i       0  1  2  3  4  5  6  7    From i = 7 backwards: the word so far begins after
-        byte    _  s  h  e  _  w  e  n    gap[7] = 4; the word before it ends at last[4] = 3 and
-        gap     0  0  0  0  4  4  4  4    begins after gap[3] = 0.
-        last    0  1  2  3  3  5  6  7
+    One number for each position and kind of context, equal where the contexts are equal. How is
+    arithmetic: you may go on at Memory.
     """
+    # The hash of bytes a..b-1 is the sum of (byte_j + 1) * ODD^(j-a), modulo 2^64 as int64 wraps
+    # around. With the running sum S[i] of (byte_j + 1) * ODD^j over all j < i it is
+    # (S[b] - S[a]) / ODD^a, and dividing is multiplying by INVERSE^a. So contexts of any length,
+    # words too, are hashed at every position without a loop.
+    #
+    # `gap` holds the last position up to i that is not a letter, `last` the last that is one, or 0
+    # where there is none (_ is a space):
+    #
+    #     i       0  1  2  3  4  5  6  7    From i = 7 backwards: the word so far begins after
+    #     byte    _  s  h  e  _  w  e  n    gap[7] = 4; the word before it ends at last[4] = 3 and
+    #     gap     0  0  0  0  4  4  4  4    begins after gap[3] = 0.
+    #     last    0  1  2  3  3  5  6  7
     text = F.pad(ids, (max(GRAMS), 0), value=END)  # (B, L): a story begins after a few ENDs
     B, L = text.shape
     position = torch.arange(L, device=ids.device)
@@ -217,10 +222,13 @@ class Memory(nn.Module):
     a row is used, to look it up and to learn it, only where its context was seen somewhere else.
     The memory counts at how many steps of the first epoch each context was seen, and asks for
 
-        first epoch     1 or more: earlier steps were elsewhere
-        later epochs    3 or more: one was here. With one other place, it may be that only this one
-                        learned: the first visit to a context finds no row, and learns none
+        first epoch     1 or more: the earlier steps were elsewhere
+        later epochs    3 or more
         not training    1 or more
+
+    Why 3? One visit was to this place. And the first one to any context only counts it: learning
+    begins with the second. So of two places this may be the only one that learned; of three,
+    another did.
 
     Rare contexts, which are most, do not fill the table either (McMahan et al. 2013).
 
@@ -231,32 +239,32 @@ class Memory(nn.Module):
     learn fast and common ones settle.
 
     The contract: call it once, let `backward` of a loss that is a MEAN over positions run once,
-    then call `step`. Set second_epoch when the text begins again.
+    then call `step`. Set later_epoch when the text begins again.
     """
 
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS. Counters are finer than rows: several
         contexts may share a row, but they should not make each other known."""
         super().__init__()
-        self.second_epoch = False
+        self.later_epoch = False
         self.shift = COUNTER_BITS - (rows.bit_length() - 1)  # counter >> shift is the row
         self.register_buffer("table", torch.zeros(rows, width))
         self.register_buffer("count", torch.zeros(2**COUNTER_BITS, dtype=torch.uint8))
         # The sum of a row's mean squared gradients. If it began at 0, a row's first step would be
-        # as long however small the gradient: what stood in two places would be believed at once.
+        # equally long however small the gradient: a context seen twice would be trusted at once.
         self.register_buffer("squares", torch.full((rows,), 0.03), persistent=False)
 
     def forward(self, hashes):
         """hashes (N, K) int64 -> (N, C): the sum of the rows of the contexts that are known"""
         counter = (hashes >> (64 - COUNTER_BITS)) & (2**COUNTER_BITS - 1)  # the highest bits
-        training = torch.is_grad_enabled()
+        learning = torch.is_grad_enabled()
         needed = 1
-        if training and self.second_epoch:
+        if learning and self.later_epoch:
             needed = 3
         known = (self.count[counter] >= needed).to(self.table.dtype)  # (N, K), 0 or 1
         row = counter >> self.shift
         out = F.embedding_bag(row, self.table, mode="sum", per_sample_weights=known)
-        if training:
+        if learning:
             out.requires_grad_()  # a leaf: `backward` ends here and leaves the gradient in out.grad
             self.used = counter, known, out
         return out
@@ -274,7 +282,7 @@ class Memory(nn.Module):
         rate = -lr * known * self.squares[row].rsqrt().view_as(known)
         update = rate[:, :, None] * gradient[:, None]  # (N, K, C)
         self.table.index_add_(0, row, update.flatten(0, 1))
-        if not self.second_epoch:
+        if not self.later_epoch:
             # Assigned, not added: a context that comes twice in a step is counted once.
             self.count[counter] = self.count[counter].clamp(max=254) + 1
 
@@ -289,20 +297,20 @@ def all_processes(x):
 
 
 def find_words(ids):
-    """ids (B, L) -> complete (B, L): how many words are complete at each byte; end (B, W): the byte
-    that completes each word, the first that is no letter (0 where a text has fewer words).
+    """ids (B, L) -> words_done (B, L): how many words are complete at each byte; end (B, W): the
+    byte that completes each word, the first that is not a letter (0 where a text has fewer words).
 
         ids         O  n  c  e  _  s  h  e  ,  _  w  e  n
-        complete    0  0  0  0  1  1  1  1  2  2  2  2  2
+        words_done  0  0  0  0  1  1  1  1  2  2  2  2  2
         end         4, 8
     """
     letter = is_letter(ids)
     ends = ~letter & F.pad(letter[:, :-1], (1, 0)) | (ids == END)  # each END is a word, too
-    complete = ends.cumsum(1)
+    words_done = ends.cumsum(1)
     row, t = ends.nonzero(as_tuple=True)
-    end = ids.new_zeros(len(ids), max(1, complete.max()))
-    end[row, complete[row, t] - 1] = t
-    return complete, end
+    end = ids.new_zeros(len(ids), max(1, words_done.max()))
+    end[row, words_done[row, t] - 1] = t
+    return words_done, end
 
 
 def take(x, index):
@@ -348,44 +356,47 @@ class Pointer(nn.Module):
         self.key = nn.Linear(width, width // 2, bias=False)
         nn.init.zeros_(self.query.weight)
 
-    def forward(self, p, states, words, ids, prefix, complete, end, cache=None):
+    def forward(self, p, states, words, ids, prefix_hash, words_done, end, cache=None):
         """What comes after each of the last T of L bytes. -> (B, T, 256), to be normalised
 
         p (B, T, 256): what the head predicts; states (B, T, C): of these T bytes; words (B, W, C):
-        the states of the words; ids (B, L); prefix (B, L): a hash of the word so far; complete,
+        the states of the words; ids (B, L); prefix_hash (B, L): of the word so far; words_done,
         end: from find_words.
+
+        Where "Lily saw Tim. Ti" ends, two letters are typed, and of the three words
+            first 0 5 9   size 4 3 3   next_at 2 7 11   fits 0 0 1   next_byte l w m
         """
         B, T, _ = states.shape
         L = ids.shape[1]
+        # 1. Where does each word begin, and how many letters of the next one are typed?
         position = torch.arange(L, device=ids.device)
         gap = torch.where(is_letter(ids), -1, position).cummax(1).values  # (B, L): last non-letter
         first = gap.gather(1, (end - 1).clamp(min=0)) + 1  # (B, W): each word's first letter
         size = (end - first).clamp(min=0)[:, None]  # (B, 1, W): how many letters it has
         gap = gap[:, L - T :]
         typed = (position[L - T :] - gap)[:, :, None]  # (B, T, 1): letters of the word so far
-        before_word = gap.clamp(min=0)  # (B, T): the byte before it; there its shares are made
+        before_word = gap.clamp(min=0)  # (B, T): the byte before it
 
+        # 2. The shares, made at the byte before the word, of the words that were complete there.
         query = take(extend(cache, "query", self.query(states)), before_word)
         score = query[..., 1:] @ self.key(words).mT / self.key.out_features**0.5  # (B, T, W)
         word = torch.arange(end.shape[1], device=ids.device)
-        read = word < complete[:, L - T :, None]  # (B, T, W): only words that were complete there
+        read = word < words_done[:, L - T :, None]  # (B, T, W)
         score = score.masked_fill(~read | (size == 0), -1e9)
-        score = torch.cat((query[..., :1] + 4, score), -1)  # + 4: at first the head has nearly all
+        score = torch.cat((query[..., :1] + 4, score), -1)  # + 4: at first as much as 55 words
         share = score.softmax(-1)  # (B, T, W + 1)
 
-        # Which words begin with the letters so far, and which byte comes next in each? Where
-        # "Lily saw Tim. Ti" ends, typed is 2, and of the three words
-        #     first 0 5 9   size 4 3 3   next_at 2 7 11   fits 0 0 1   next_byte l w m
+        # 3. Which words begin with the letters so far, and which byte comes next in each?
         next_at = (first[:, None] + typed).clamp(max=L - 1)  # (B, T, W)
         before = (next_at - 1).clamp(min=0).flatten(1)
-        alike = prefix.gather(1, before).view_as(next_at) == prefix[:, L - T :, None]
+        alike = prefix_hash.gather(1, before).view_as(next_at) == prefix_hash[:, L - T :, None]
         fits = (typed == 0) | alike & (typed <= size)
         next_byte = ids.gather(1, next_at.flatten(1)).view_as(next_at)
         share_fits = share[..., 1:] * fits
-        is_whole = typed >= size  # what follows a word is not copied
+        is_whole = typed >= size  # typed in full: its share goes to the head
 
-        # The probability that the head gave to the letters so far. (cache["p"] is what it said last
-        # time, about the first byte of ids that is new.)
+        # 4. The head's share, times the probability that it gave to the letters so far. (cache["p"]
+        # is what it said last time, about the first byte of ids that is new.)
         p_came = p[:, :-1].gather(2, ids[:, L - T + 1 :, None])[:, :, 0]
         p_came = F.pad(p_came, (1, 0), value=1.0)
         if cache is not None:
@@ -411,6 +422,9 @@ class GPT(nn.Module):
         bytes      embedding + memory ---------------------> scale, shift -> head -> pointer
                           | at the words' ends                  ^ of the last complete word
         words             +-> layer -> layer --> states --------+
+
+    Nothing stops at the END between two stories: what stands before it is seen, as in most GPTs,
+    and the model learns to ignore it.
 
     plain: the usual transformer instead. Every byte is a word, there is no memory and no pointer.
     """
@@ -458,44 +472,45 @@ class GPT(nn.Module):
             states = self.think(norm(x), position + 1, position, cache)[:, -T:]
             return self.head(states).float(), states
         hashes = contexts(seen, T)  # (B, T, K)
-        complete, end = find_words(seen)
+        words_done, end = find_words(seen)
         x = norm(x + self.memory(hashes.flatten(0, 1)).view(B, T, -1))
-        words = self.think(x, complete, end, cache)  # (B, W + 1, C)
-        # Row 0 of `words` is zeros, so row `complete` is that of the last complete word.
-        scale, shift = take(self.film(words), complete[:, L - T :]).chunk(2, -1)
+        words = self.think(x, words_done, end, cache)  # (B, W + 1, C)
+        # Row 0 of `words` is zeros, so row `words_done` is that of the last complete word.
+        scale, shift = take(self.film(words), words_done[:, L - T :]).chunk(2, -1)
         states = norm(x * (1 + scale) + shift)
         p = self.head(states).float().softmax(-1)
-        prefix = extend(cache, "prefix", hashes[:, :, WORD])
-        p = self.pointer(p, states, words[:, 1:], seen, prefix, complete, end, cache)
+        prefix_hash = extend(cache, "prefix_hash", hashes[:, :, WORD])
+        p = self.pointer(p, states, words[:, 1:], seen, prefix_hash, words_done, end, cache)
         return (p + 1e-30).log(), states  # whose softmax is p, normalised
 
-    def think(self, x, complete, end, cache):
+    def think(self, x, words_done, end, cache):
         """Run the layers over the words: x (B, T, C) -> the states of all W words, (B, W + 1, C);
         before them a row of zeros, for bytes before the first word."""
         if cache is not None:
-            return self.think_on(x, complete, end, cache)
+            return self.think_on(x, words_done, end, cache)
         W = end.shape[1]
         w = take(x, end)  # (B, W, C)
         for block in self.blocks:
             w = block(w, self.cos[:W], self.sin[:W])
         return F.pad(norm(w), (0, 0, 1, 0))
 
-    def think_on(self, x, complete, end, cache):
-        """The same in generation: only words that the last T bytes complete go through the layers.
+    def think_on(self, x, words_done, end, cache):
+        """The same in generation (training never comes here): only words that the last T bytes
+        complete go through the layers.
 
-        Some texts may complete a word while others do not. Say two have 3 words, so done is [[3],
-        [3]], and the next byte is a space in the first, a letter in the second. Then slot is [[3],
-        [3]]: both go through the layers as their fourth word, and what comes out of the second's,
-        which has not ended, will be overwritten when it has.
+        Some texts may complete a word while others do not. Say two have 3 words, so `before` is
+        [[3], [3]], and the next byte is a space in the first, a letter in the second. Then slot is
+        [[3], [3]]: both go through the layers as their fourth word, and what comes out of the
+        second's, which has not ended, will be overwritten when it has.
         """
         B, T, _ = x.shape
-        L = complete.shape[1]
-        done = complete.new_zeros(B, 1)  # words that were complete before
+        L = words_done.shape[1]
+        before = words_done.new_zeros(B, 1)  # words that were complete before
         if L > T:
-            done = complete[:, L - T - 1 : L - T]
-        new = (complete[:, -1:] - done).max()  # words that are new in the text with most of them
+            before = words_done[:, L - T - 1 : L - T]
+        new = (words_done[:, -1:] - before).max()  # new words in the text with most of them
         if new > 0:
-            slot = done + torch.arange(new, device=x.device)  # (B, new): their numbers
+            slot = before + torch.arange(new, device=x.device)  # (B, new): their numbers
             at = end.gather(1, slot.clamp(max=end.shape[1] - 1)) - (L - T)
             w = take(x, at.clamp(min=0))  # (B, new, C)
             cos = self.cos[slot][:, None]  # (B, 1, new, D/2)
@@ -521,8 +536,8 @@ class GPT(nn.Module):
             cache["bytes"][name] = x[row, :length].expand(B, *x[row, :length].shape)
         for x in (cache["words"][None], *cache["layers"]):  # (1 or 2, B, words, ...)
             x[:, :, : length + 1] = x[:, row, None, : length + 1].clone()
-        # Where more than a byte was cut off this is what the head said later on. But then a word
-        # has just ended, and the pointer needs it within a word only.
+        # Where more than a byte was cut off this is about a byte that is no longer there. But then
+        # a word has just ended, and the pointer uses it within a word only.
         if "p" in cache:
             cache["p"] = cache["p"][row].expand(B, -1)
 
@@ -546,7 +561,7 @@ def choose(logits, temperature=1.0, top_p=1.0, generator=None):
 
 
 LONGEST_WORD = 24  # bytes that are drawn before a candidate is chosen, at most
-TEMPERATURE = 0.45  # blind readers preferred it to 0.6 (README)
+TEMPERATURE = 0.45  # a blind judge preferred it to 0.6 and to 0.35
 
 
 @torch.inference_mode()
@@ -555,27 +570,29 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
 
     A temperature per byte is not a temperature per word. Say `park` has 0.25, and four words with b
     have 0.08 each. Sharpened byte by byte, b (0.32) beats p (0.25), and the story goes on with a
-    word that is not the likeliest. So with a temperature t between 0 and 1 several candidates are
-    drawn from the model as it is, each up to the byte that ends the word, and one is kept with a
-    probability proportional to p(word)^(1/t - 1). As candidates come in proportion to p(word),
-    this makes p(word)^(1/t), exactly so with infinitely many (importance resampling, Rubin 1987).
+    word that is not the likeliest. What we want is a word with a probability proportional to
+    p(word)^(1/t), for a temperature t between 0 and 1. Drawing several candidates from the model as
+    it is, each up to the byte that ends the word, gives p(word); keeping one of them in proportion
+    to p(word)^(1/t - 1) gives the rest, exactly so with infinitely many candidates (importance
+    resampling, Rubin 1987).
 
     prompt: bytes; END is put before it. top_p: of each byte. candidates: 1 sharpens byte by byte
     (as do t = 0 and t >= 1). fuse: a function (p (B, 256), states (B, L, C) of the bytes in the
     context, ids (B, n) all so far) -> p, that may change the probabilities (sample.py).
 
     When the context is nearly full, its last three quarters are fed again as a new one, so that
-    every byte sees at least so much, however long the text.
+    every byte sees at least that much, however long the text.
     """
-    B = candidates
-    byte_temperature = 1.0
-    if not 1e-6 < temperature < 1 or candidates == 1:
-        B = 1
-        byte_temperature = temperature
+    by_word = candidates > 1 and 1e-6 < temperature < 1
+    B = 1
+    byte_temperature = temperature
+    if by_word:
+        B = candidates
+        byte_temperature = 1.0
     longest = min(LONGEST_WORD, model.context // 4)
     ids = torch.tensor([[END, *prompt]]).repeat(B, 1)  # (B, n): the text, the same in each row
     cache = None
-    fed = 0  # bytes in the cache
+    fed = 0  # bytes in the cache: all of the text (or its end) but `new`
     while True:
         if cache is None or fed + longest > model.context:
             cache = model.new_cache(B)
@@ -599,10 +616,10 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
             log_p += going * logits.log_softmax(-1).gather(1, new)[:, 0]
             length += going
             going &= is_letter(new[:, 0])
-        if B > 1:
+        if by_word:
             row = choose(log_p[None] * (1 / temperature - 1), generator=generator).item()
             end = begin + length[row].item()
-            fed -= ids.shape[1] - end  # as if the last byte of the chosen word had not been fed
+            fed -= ids.shape[1] - end  # less what longer candidates fed after the chosen word
             ids = ids[row, :end].repeat(B, 1)
             model.rewind(cache, row, fed)
         new = ids[:, -1:]  # drawn, but not fed yet
@@ -635,8 +652,8 @@ class Muon(torch.optim.Optimizer):
     matrix moves by the same amount, not only the few that dominate the gradient.
 
     For the matrices inside a net; embeddings and the head are better off with Adam. Raises
-    ValueError for what is no matrix. (torch.optim.Muon computes in bfloat16, which is very slow on
-    CPUs without such units.)
+    ValueError for anything that is not a matrix. (torch.optim.Muon computes in bfloat16, which is
+    very slow on CPUs without such units.)
     """
 
     def __init__(self, parameters, lr=0.02, momentum=0.95):
@@ -655,8 +672,9 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[w]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(w)
+                # The running mean of the gradients, and Nesterov's look one step ahead of it.
                 momentum = state["momentum"].lerp_(w.grad, 1 - group["momentum"])
-                update = orthogonalize(w.grad.lerp(momentum, group["momentum"]))  # Nesterov's
+                update = orthogonalize(w.grad.lerp(momentum, group["momentum"]))
                 size = max(1, w.shape[0] / w.shape[1]) ** 0.5  # Jordan's, for tall matrices
                 w.sub_(update, alpha=group["lr"] * size)
 
@@ -665,7 +683,8 @@ def orthogonalize(x):
     """Push all singular values of a matrix x (r, c) towards 1 with five Newton-Schulz steps.
 
     x -> a x + b (x x') x + c (x x')^2 x leaves the singular vectors alone and sends each singular
-    value s to a s + b s^3 + c s^5. The coefficients are Jordan's.
+    value s to a s + b s^3 + c s^5. With Jordan's coefficients five times that take nearly any s
+    between 0 and 1 to about 1.
     """
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T  # the smaller product x x'
@@ -678,8 +697,8 @@ def orthogonalize(x):
 
 # ---- 4. What is trained on, and how it is judged -------------------------------------------------
 
-EPOCHS = 2  # a run ends after so many: then overfitting sets in
-LEAST = 250_000  # bytes; a shorter text gets the steps that two epochs of so much text would take
+EPOCHS = 2  # a run ends after this many: then overfitting sets in
+LEAST = 250_000  # bytes; on a shorter text a run ends only after the steps that these would take
 
 
 class Batches:
@@ -687,7 +706,8 @@ class Batches:
 
     Windows are drawn without replacement: all of the text is read before any of it is read again.
     (Drawn with replacement, a third of the text is still unseen when as much as all was read.)
-    text: (n,) uint8. rank, world: this is one of `world` processes and reads its part of the text.
+    text: (n,) uint8. rank, world: this is one of `world` processes and reads its part of the text
+    (alone: 0, 1).
     """
 
     def __init__(self, text, batch, context, seed, teacher=None, rank=0, world=1):
@@ -748,10 +768,9 @@ def evaluation_windows(model, text, every=1, batch=16):
     before it wherever the text has that much: windows overlap by half, and only their second half
     is scored (in the first window, all). every: one window in `every`, for a quick look.
 
-    Yields, for b windows at a time, on the CPU: ids (b, T) int64; target (b, T) the bytes to be
-    predicted; at (b, T) where those stand: target is text[at], ids is text[at - 1]; scored (b, T)
-    bool; logits (b, T, 256) and states (b, T, C). No random numbers are used: evaluating changes
-    nothing.
+    Yields, for b windows at a time, on the CPU: ids (b, T) int64; target (b, T), the byte after
+    each; at (b, T), where the targets stand: target = text[at]; scored (b, T) bool; logits
+    (b, T, 256); states (b, T, C). No random numbers are used: evaluating changes nothing.
     """
     T = model.context
     padded = np.concatenate((np.zeros(1, np.uint8), text, np.zeros(T, np.uint8)))
@@ -846,19 +865,19 @@ def train(args, start, before=None):
     teacher = run.count_ngram()  # the first story, a baseline, and the teacher if there is one
     model = run.make_model(device)
     optimizers = make_optimizers(model)
-    setting = run.state["setting"]  # sizes, batch, rate: a line of SIZES (section 8)
+    setting = run.state["setting"]  # sizes, batch, rate (section 8)
     batches = Batches(text.train, setting["batch"], model.context, args.seed, teacher, rank, world)
     net = model
     if world > 1:
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     with contextlib.closing(run):
         run.begin(model, optimizers, batches)
-        # The part of the budget that is gone, or of two epochs if that is more.
+        # The fraction of the budget that is gone, or of two epochs, whichever is larger.
         while (progress := run.progress()) < 1:
             step = run.state["step"]
             ids, distributions = batches.get(step, taught=progress < args.distill)
             if model.memory is not None:
-                model.memory.second_epoch = step >= batches.per_epoch
+                model.memory.later_epoch = step >= batches.per_epoch
             factor = setting["rate"] * schedule(progress)
             loss = train_step(net, optimizers, ids, distributions, factor)
             run.count(loss)  # steps, the progress bar, NaN
@@ -978,21 +997,20 @@ class Run:
     def make_model(self, device):
         """-> a new GPT of the right size, or the one that the interrupted run had"""
         if self.before is None:
-            seconds = 60 * self.args.minutes - self.clock()
-            setting, reason = pick_size(self.args, self.text.train, device, seconds)
+            setting = setting_of(self.args)
             self.state["setting"] = setting
             torch.manual_seed(self.args.seed)
-            model = new_model(setting)
+            model = new_model(setting, self.args.plain)
         else:
             model = self.before[0]
-            reason = f"going on with step {self.state['step'] + 1:,}"
+            self.say(f"\ngoing on with step {self.state['step'] + 1:,}")
         weights = sum(p.numel() for p in model.parameters())
         memory = 0
         if model.memory is not None:
             memory = model.memory.table.numel()
         self.parameters = weights + memory
         self.say(f"\n{self.clock():6.1f} s  {weights:,} weights and a memory of {memory:,} on "
-                 f"{device}, {torch.get_num_threads()} threads; {reason}")
+                 f"{device}, {torch.get_num_threads()} threads")
         return model.to(device)
 
     def begin(self, model, optimizers, batches):
@@ -1005,8 +1023,7 @@ class Run:
             self.take_folder()
         elif self.rank == 0:
             self.log = lock(os.path.join(self.args.out, "log.jsonl"))
-            ended = self.before[1]["written"] != time_written(self.args.out)
-            if self.log is None or ended:
+            if self.log is None:
                 raise Problem(f"the run in {self.args.out} is still going; wait for it to end")
         if threading.current_thread() is threading.main_thread():  # no other may ask for signals
             self.handlers = {n: signal.signal(n, self.interrupt) for n in STOP_SIGNALS}
@@ -1318,13 +1335,8 @@ def save_checkpoint(args, model, facts, training=None):
         save(os.path.join(args.out, "model.pt"), written)
 
 
-def time_written(out):
-    """When the checkpoint in the folder `out` was written, nanoseconds"""
-    return os.stat(os.path.join(out, "model.pt")).st_mtime_ns
-
-
 def load_checkpoint(out, device="cpu"):
-    """The model in the folder `out` -> GPT, {"facts", "recipe", "training", "made_here", "written"}
+    """The model in the folder `out` -> GPT, {"facts", "recipe", "training", "made_here"}
 
     made_here: whether this very folder was written by a run. Raises Problem if there is no model or
     it is not one of ours.
@@ -1332,7 +1344,6 @@ def load_checkpoint(out, device="cpu"):
     path = os.path.join(out, "model.pt")
     shown = printable(path)
     try:
-        written = time_written(out)
         content = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
         weights = content.pop("weights")
         config = content["config"]
@@ -1349,7 +1360,6 @@ def load_checkpoint(out, device="cpu"):
         model.load_state_dict(weights)
         here = os.stat(out).st_ino
         content["made_here"] = type(content["folder"]) is int and content["folder"] == here
-        content["written"] = written
     except FileNotFoundError:
         raise Problem(f"no {shown}; train a model first: python tiny.py --minutes 5") from None
     except OSError as error:
@@ -1362,21 +1372,22 @@ def load_checkpoint(out, device="cpu"):
 # ---- 8. The machine ------------------------------------------------------------------------------
 
 # How large a model, and how many bytes in a step? In a few minutes many small steps teach more than
-# few large ones, until they no longer fill the cores. rate: a factor for all learning rates.
-# FROM_STEPS: how many steps of the small size must fit the budget.
-SIZES = {
-    "small": dict(layers=2, heads=4, width=128, context=512, batch=8, rate=1.0),
-    "medium": dict(layers=3, heads=4, width=192, context=512, batch=8, rate=1.0),
-    "large": dict(layers=6, heads=8, width=384, context=512, batch=32, rate=1.0),
-    "plain": dict(layers=3, heads=4, width=144, context=256, batch=8, rate=1.0, plain=True),
-}
-FROM_STEPS = {"small": 0, "medium": 6_000, "large": 60_000}  # medium and large are guesses
+# few large ones. rate: a factor for all learning rates. --set changes any of these.
+DEFAULT = dict(layers=2, heads=4, width=128, context=512, batch=8, rate=1.0)
+PLAIN = dict(layers=3, heads=4, width=144, context=256, batch=8, rate=1.0)
 
 
-def new_model(setting):
+def setting_of(args):
+    """The sizes of the model and of a batch, and the rate. -> dict like DEFAULT"""
+    if args.plain:
+        return PLAIN | args.set
+    return DEFAULT | args.set
+
+
+def new_model(setting, plain=False):
     """-> a GPT with the sizes of a setting"""
     sizes = setting["layers"], setting["heads"], setting["width"], setting["context"]
-    return GPT(*sizes, plain="plain" in setting)
+    return GPT(*sizes, plain=plain)
 
 
 def prepare_cpu():
@@ -1393,12 +1404,12 @@ def prepare_cpu():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def try_steps(setting, device):
+def try_steps(device):
     """Train a new model for five steps -> seconds that a step takes, the last loss"""
     torch.manual_seed(0)
-    model = new_model(setting).to(device)
+    model = new_model(DEFAULT).to(device)
     optimizers = make_optimizers(model)
-    ids = torch.randint(1, 256, (setting["batch"], setting["context"] + 1))
+    ids = torch.randint(1, 256, (DEFAULT["batch"], DEFAULT["context"] + 1))
     seconds = []
     for _ in range(5):
         began = time.monotonic()
@@ -1424,9 +1435,9 @@ def pick_device(name):
     if gpu == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    here, right_loss = try_steps(SIZES["small"], "cpu")
+    here, right_loss = try_steps("cpu")
     try:
-        there, loss = try_steps(SIZES["small"], device)
+        there, loss = try_steps(device)
     except (RuntimeError, TypeError) as error:  # an operation that is missing there
         notice(f"{gpu} is not used: {str(error).splitlines()[0]}")
         return torch.device("cpu")
@@ -1437,22 +1448,6 @@ def pick_device(name):
     if name == "auto" and here < there and "RANK" not in os.environ:  # torchrun: all decide alike
         return torch.device("cpu")
     return device
-
-
-def pick_size(args, text, device, seconds):
-    """The largest size whose FROM_STEPS this machine and this text allow. -> its settings, a reason
-
-    args.size becomes its name, so that several runs choose once. Nothing is timed where there is
-    nothing to choose."""
-    if args.size != "auto" or args.steps or args.set or dist.is_initialized():
-        name = args.size.replace("auto", "small")
-        return SIZES[name] | args.set, f"size {name}"
-    small = SIZES["small"]
-    most = Batches(text, small["batch"], small["context"], 0).last_step
-    steps = min(most, seconds / try_steps(small, device)[0])
-    name = max((name for name in FROM_STEPS if steps >= FROM_STEPS[name]), key=FROM_STEPS.get)
-    args.size = name
-    return SIZES[name], f"size {name}, as {steps:,.0f} steps of the small size fit"
 
 
 def join_processes(device):
@@ -1486,8 +1481,8 @@ def agree(progress, stop):
 def override(word):
     """argparse's type for --set: "width=64" -> ("width", 64)"""
     name, _, value = word.partition("=")
-    if name not in SIZES["small"]:
-        raise argparse.ArgumentTypeError(f"give NAME=N, of {', '.join(SIZES['small'])}")
+    if name not in DEFAULT:
+        raise argparse.ArgumentTypeError(f"give NAME=N, of {', '.join(DEFAULT)}")
     if name == "rate":
         return name, number(float, 0, 1e30, above=True)(value)
     return name, number(int, 1, 4096)(value)
@@ -1502,17 +1497,16 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--minutes", type=number(float, 1e-3, 1e6), default=5.0, metavar="M",
         help="for everything but downloads (default: 5)")
-    add("--steps", type=number(int, 1), metavar="N", help="so many instead, exactly repeatable")
+    add("--steps", type=number(int, 1), metavar="N",
+        help="train for N steps instead, exactly repeatable")
     add("--distill", type=number(float, 0, 1), default=0.0, metavar="PART",
         help="of the time in which the n-gram teaches, 0 to 1 (default: 0)")
     add("--order", type=number(int, 0, 255), default=12, metavar="N",
         help="of the n-gram; 0: count none (default: 12)")
-    add("--size", choices=("auto", *SIZES), default="auto", metavar="SIZE",
-        help=f"of the model: {', '.join(SIZES)}; auto: by timing (default)")
-    add("--plain", action="store_const", const="plain", dest="size",
+    add("--plain", action="store_true",
         help="the usual transformer: layers over bytes, no memory, no pointer")
     add("--set", type=override, nargs="+", action="extend", default=[], metavar="NAME=N",
-        help=f"change a size's {', '.join(SIZES['small'])}")
+        help=f"change {', '.join(DEFAULT)} (rate: a factor)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1, metavar="N", help="(default: 1)")
     series = parser.add_mutually_exclusive_group().add_argument
     series("--seeds", type=number(int, 2), metavar="N",
@@ -1529,7 +1523,7 @@ def parse_arguments(argv=None):
         return resumed(args, parser, argv)
     if args.distill and not args.order:
         parser.error("--order 0 leaves no teacher: leave out --distill")
-    setting = SIZES["small"] | SIZES.get(args.size, {}) | args.set
+    setting = setting_of(args)
     chosen = "width" in args.set or not args.sweep  # --sweep draws a width that fits
     unfit = chosen and setting["width"] % (2 * setting["heads"])
     if unfit or setting["context"] not in range(8, 4097, 2):
@@ -1585,7 +1579,6 @@ def several(args):
         except Problem as problem:  # such as a text that is too short for this context
             notice(f"{problem} (run {i} of {len(changes)}: {change})")
             continue
-        args.size = run_args.size
         scores.append(facts["val_bpb"])
         lines.append(f"{facts['val_bpb']}\t{facts['steps']} steps\t{change}")
         save(os.path.join(folder, "runs.tsv"), "\n".join(lines).encode())
