@@ -132,8 +132,8 @@ def discounts(smoothing, count):
     Absolute discounting and Kneser-Ney take the same y = met[1] / (met[1] + 2 met[2]) from every
     count (Chen & Goodman 1999, equation 17). Modified Kneser-Ney asks more closely: an n-gram that
     was met c times here can be expected r = (c + 1) met[c + 1] / met[c] times in another text as
-    long (Good 1953). Its discount is c - y r (equation 26); for c = 1 that is y again. Clipped to
-    lie between 0.01, as new bytes must stay possible, and c."""
+    long (Good 1953). Its discount is c - y r (equation 26; c - r would be Good's own), which for
+    c = 1 is y again. Clipped to between 0.01, so that new bytes stay possible, and c."""
     if smoothing == "jelinek-mercer":  # a share of the count; the fast model learns a better one
         return np.full(4, 0.5)
     met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # [c]: n-grams met c times

@@ -63,8 +63,8 @@ class Moment(NamedTuple):
     """All that a head may look at before it predicts the next byte."""
     transformer: torch.Tensor  # (B, 256) the transformer's probabilities
     state: torch.Tensor  # (B, C) the state that they were computed from
-    past: torch.Tensor  # (B, P, C) the states at earlier bytes of the context
-    followed: torch.Tensor  # (B, P) int64, the byte after each of those, -1 if it may not be seen
+    past: torch.Tensor  # (B, P, C) the states at bytes of the context, of which `followed` says
+    followed: torch.Tensor  # (B, P) int64, the byte after each, or -1 if it may not be seen
     recent: np.ndarray  # (B, R) uint8, the last R bytes of the text, END before its beginning
 
 
@@ -106,7 +106,7 @@ def cache_head(moment):
 def vote(share, byte):
     """Give each byte the shares of those who name it. share, byte (B, k) -> (B, 256)
 
-    All bytes together get 1 %, and whatever was not given away: nothing is impossible.
+    1 %, and whatever was not given away, is spread over all bytes: nothing is impossible.
     """
     p = torch.zeros(len(share), 256)
     p.scatter_add_(1, byte, 0.99 * share)
@@ -206,7 +206,7 @@ class Fusion:
 
 def split_validation(valid):
     """-> the validation bytes that are scored, and as many others to learn the weights on: from
-    after the middle, since the prompts are taken from the first stories"""
+    the middle or after 300 kB, since the prompts are taken from the first stories"""
     middle = min(300_000, len(valid) // 2)
     return valid[:middle][:100_000], valid[middle:][:100_000]
 
@@ -219,7 +219,7 @@ def context_gain(model, valid):
     less what they cost after those of their own. The 100 bytes between are their own both times, so
     spelling and grammar are known: what counts is who and what the story is about. A model whose
     context is shorter than 500 bytes gets the last ones. nan if it is shorter than 100, or fewer
-    than two stories are that long.
+    than two stories have 500 bytes.
     """
     stories = [story[:500] for story in split_stories(valid) if len(story) >= 500][:400]
     if model.context < 100 or len(stories) < 2:
@@ -265,7 +265,7 @@ class Reference:
         """text: (n,) uint8"""
         inside = Counter()  # words inside a sentence, where only names are capitalised
         capitalised = Counter()
-        articles = Counter()  # how often "a" or "the" stood before the word
+        articles = Counter()  # how often an article stood before the word
         marks = Counter()  # how often a mark stood behind it
         twice = Counter()
         hashes = array("q")  # 8 bytes each: there are as many as words
@@ -364,7 +364,7 @@ def copied_8(story, ref):
 
 def ends(story, ref):
     """Share of stories that end by themselves before the cut, %. Not whether the end is good."""
-    return 100.0 * (len(story.encode()) < LENGTH - 3)  # the cut may spare up to 3 bytes
+    return 100.0 * (len(story.encode()) < LENGTH - 3)  # the cut may drop up to 3 bytes more
 
 
 ROWS = [  # and what is better

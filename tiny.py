@@ -20,8 +20,8 @@ import time
 START = time.monotonic()  # the budget counts everything, the slow imports below included
 
 # PyTorch's threads spin while they wait for each other. Where another process was running, that
-# made steps up to 20 times slower. Spinning for a shorter time costs 4 % where none was. (This must
-# be set before `import torch`.)
+# made steps up to 20 times slower. Spinning for a shorter time costs 4 % when nothing else runs.
+# (This must be set before `import torch`.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -162,8 +162,8 @@ def is_letter(ids):
 def contexts(ids, T):
     """Hash the contexts that each of the last T bytes completes: ids (B, t) -> (B, T, K), int64.
 
-    One number for each position and kind of context, equal where the contexts are equal. How is
-    arithmetic: you may go on at Memory.
+    One number for each position and kind of context, equal where the contexts are equal. The
+    rest is arithmetic; you may skip to Memory.
     """
     # The hash of bytes a..b-1 is the sum of (byte_j + 1) * ODD^(j-a), modulo 2^64 as int64 wraps
     # around. With the running sum S[i] of (byte_j + 1) * ODD^j over all j < i it is
@@ -217,8 +217,8 @@ def contexts(ids, T):
 class Memory(nn.Module):
     """A table with a vector for each context (by hash) and its own optimizer.
 
-    When a text is read a second time, a row that was learned in this very place only leaks which
-    byte came here, and the model learns to trust what says nothing about new text. So the rule is:
+    When a text is read a second time, a row that was learned nowhere but here gives away which byte
+    came here, and the model learns to trust what says nothing about new text. So the rule is:
     a row is used, to look it up and to learn it, only where its context was seen somewhere else.
     The memory counts at how many steps of the first epoch each context was seen, and asks for
 
@@ -226,14 +226,13 @@ class Memory(nn.Module):
         later epochs    3 or more
         not training    1 or more
 
-    Why 3? One visit was to this place. And the first one to any context only counts it: learning
-    begins with the second. So of two places this may be the only one that learned; of three,
-    another did.
+    Why 3? The first visit to a context only counts it; the second and third learn. With two visits,
+    this place may be the only one that learned. With three, another did.
 
     Rare contexts, which are most, do not fill the table either (McMahan et al. 2013).
 
-    The vectors of a position's contexts are added, so the gradient of the sum is the gradient of
-    each. So autograd may stop at the sum, and no gradient of the table's size is ever made.
+    The vectors of a position's contexts are added, so each receives the gradient of the sum.
+    Autograd can therefore stop at the sum, and no gradient of the table's size is ever made.
     The optimizer is row-wise Adagrad (Duchi et al. 2011; one number per row: Naumov et al. 2019):
     the larger a row's gradients have been, the smaller its steps become, so that rare contexts
     learn fast and common ones settle.
@@ -305,7 +304,7 @@ def find_words(ids):
         end         4, 8
     """
     letter = is_letter(ids)
-    ends = ~letter & F.pad(letter[:, :-1], (1, 0)) | (ids == END)  # each END is a word, too
+    ends = ~letter & F.pad(letter[:, :-1], (1, 0)) | (ids == END)  # END after END ends one, too
     words_done = ends.cumsum(1)
     row, t = ends.nonzero(as_tuple=True)
     end = ids.new_zeros(len(ids), max(1, words_done.max()))
@@ -378,7 +377,7 @@ class Pointer(nn.Module):
         before_word = gap.clamp(min=0)  # (B, T): the byte before it
 
         # 2. The shares, made at the byte before the word, of the words that were complete there.
-        query = take(extend(cache, "query", self.query(states)), before_word)
+        query = take(extend(cache, "query", self.query(states)), before_word)  # (B, T, C/2 + 1)
         score = query[..., 1:] @ self.key(words).mT / self.key.out_features**0.5  # (B, T, W)
         word = torch.arange(end.shape[1], device=ids.device)
         read = word < words_done[:, L - T :, None]  # (B, T, W)
@@ -389,6 +388,7 @@ class Pointer(nn.Module):
         # 3. Which words begin with the letters so far, and which byte comes next in each?
         next_at = (first[:, None] + typed).clamp(max=L - 1)  # (B, T, W)
         before = (next_at - 1).clamp(min=0).flatten(1)
+        # (At `before` stands the hash of as many first letters of that word as are typed.)
         alike = prefix_hash.gather(1, before).view_as(next_at) == prefix_hash[:, L - T :, None]
         fits = (typed == 0) | alike & (typed <= size)
         next_byte = ids.gather(1, next_at.flatten(1)).view_as(next_at)
@@ -403,6 +403,7 @@ class Pointer(nn.Module):
             if "p" in cache:
                 p_came = cache["p"].gather(1, ids[:, L - T :])
             cache["p"] = p[:, -1]
+        # With the logarithms of all bytes summed up, a difference is that of the letters between.
         total = extend(cache, "log_p", p_came.clamp(min=1e-12).log()).cumsum(1)
         log_p = total[:, L - T :] - total.gather(1, before_word)
         to_head = share[..., 0] * log_p.clamp(min=-25).exp() + (share_fits * is_whole).sum(-1)
@@ -437,7 +438,7 @@ class GPT(nn.Module):
         self.byte = nn.Embedding(256, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.head = nn.Linear(width, 256, bias=False)
-        nn.init.zeros_(self.head.weight)  # step 0 predicts 1/256 for every byte: 8 bits per byte
+        nn.init.zeros_(self.head.weight)  # at step 0 it predicts 1/256 for every byte: 8 bits
         self.memory = None
         if not plain:
             self.memory = Memory(width, rows)
@@ -536,8 +537,8 @@ class GPT(nn.Module):
             cache["bytes"][name] = x[row, :length].expand(B, *x[row, :length].shape)
         for x in (cache["words"][None], *cache["layers"]):  # (1 or 2, B, words, ...)
             x[:, :, : length + 1] = x[:, row, None, : length + 1].clone()
-        # Where more than a byte was cut off this is about a byte that is no longer there. But then
-        # a word has just ended, and the pointer uses it within a word only.
+        # Where anything was cut off this is about a byte that is no longer there. But then a word
+        # has just ended, and the pointer uses it within a word only.
         if "p" in cache:
             cache["p"] = cache["p"][row].expand(B, -1)
 
@@ -573,12 +574,13 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
     word that is not the likeliest. What we want is a word with a probability proportional to
     p(word)^(1/t), for a temperature t between 0 and 1. Drawing several candidates from the model as
     it is, each up to the byte that ends the word, gives p(word); keeping one of them in proportion
-    to p(word)^(1/t - 1) gives the rest, exactly so with infinitely many candidates (importance
-    resampling, Rubin 1987).
+    to p(word)^(1/t - 1) multiplies that to p(word)^(1/t), exactly so with infinitely many
+    candidates (importance resampling, Rubin 1987).
 
-    prompt: bytes; END is put before it. top_p: of each byte. candidates: 1 sharpens byte by byte
-    (as do t = 0 and t >= 1). fuse: a function (p (B, 256), states (B, L, C) of the bytes in the
-    context, ids (B, n) all so far) -> p, that may change the probabilities (sample.py).
+    prompt: bytes; END is put before it. top_p: of each byte. candidates: with 1 the temperature is
+    each byte's (as it is at t = 0 and t >= 1). fuse: a function that may change the probabilities
+    (sample.py): p (B, 256), states (B, L, C) of the bytes in the context, ids (B, n) all so far
+    -> p.
 
     When the context is nearly full, its last three quarters are fed again as a new one, so that
     every byte sees at least that much, however long the text.
@@ -619,7 +621,7 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
         if by_word:
             row = choose(log_p[None] * (1 / temperature - 1), generator=generator).item()
             end = begin + length[row].item()
-            fed -= ids.shape[1] - end  # less what longer candidates fed after the chosen word
+            fed -= ids.shape[1] - end  # the last byte of the chosen word is `new`, fed next
             ids = ids[row, :end].repeat(B, 1)
             model.rewind(cache, row, fed)
         new = ids[:, -1:]  # drawn, but not fed yet
@@ -764,7 +766,7 @@ def distillation_loss(logits, target, teacher, weight):
 
 @torch.no_grad()
 def evaluation_windows(model, text, every=1, batch=16):
-    """Read text, (n,) uint8, so that each byte is predicted once, with at least half a context
+    """Read text, (n,) uint8, so that each byte is scored once, with at least half a context
     before it wherever the text has that much: windows overlap by half, and only their second half
     is scored (in the first window, all). every: one window in `every`, for a quick look.
 
