@@ -122,7 +122,7 @@ class Fusion:
 
     Each head knows something that the others do not, so the mixture needs fewer bits. The plain
     transformer's sentences get better then, but its stories lose their thread (README). Our
-    reading: more than two thirds of the mixture are the n-gram. It knows better which letters come
+    reading: about two thirds of the mixture are the n-gram. It knows better which letters come
     next, and that is most of the bits. After a dozen bytes it no longer knows whom the story is
     about, but that costs few bits.
     """
