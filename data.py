@@ -88,7 +88,7 @@ def run(main):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         reason = str(error).partition("\n")[0]
-        advice = "try a smaller model, --order or --megabytes"
+        advice = "try a smaller model or batch, --order or --megabytes"
         sys.exit(f"error: not enough memory; {advice} ({reason})")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
@@ -118,7 +118,8 @@ def read(paths, megabytes=math.inf):
                 large = len(content) > limit
                 content = content[:limit]
         except OSError as error:
-            raise Problem(f"cannot read {path}: {error.strerror}; name another file") from None
+            advice = "name it anew with --data or --valid"
+            raise Problem(f"cannot read {path}: {error.strerror}; {advice}") from None
         head = content[:100_000]
         plain = head.translate(None, bytes([*range(8), *range(14, 27)]))  # no control characters
         if len(plain) < 0.98 * len(head):
@@ -138,7 +139,7 @@ def read(paths, megabytes=math.inf):
 
 def save(path, content):
     """Write bytes so that `path` is the whole old file or the whole new one, whatever happens."""
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = f"{path}.tmp{os.urandom(4).hex()}"  # another for every call
     if os.path.exists(path) and not os.path.isfile(path):
         raise Problem(f"{path} is not a regular file; give another name")
     try:
@@ -157,7 +158,8 @@ def save(path, content):
 
 
 def lock(path):
-    """-> `path`, open and ours until it is closed or the process ends; None if another holds it."""
+    """-> `path`, open and ours until it is closed or the process ends (and those it has started);
+    None if another holds it."""
     if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
         raise Problem(f"{path} is not a regular file; remove it")  # a link could lead to any file
     try:
@@ -340,8 +342,9 @@ Text = namedtuple("Text", "train valid source waited")
 def load(files=None, valid=None, megabytes=100, cache="cache", least=2):
     """The text to learn from and the text to be judged on. -> Text
 
-    files, valid: paths, or None for TinyStories, or without a network the built-in stories.
-    megabytes: of each file, from its beginning. least: bytes of training text. Raises Problem.
+    files, valid: lists of paths, or None for TinyStories, or without a network the built-in
+    stories. megabytes: of each file, from its beginning. least: bytes of training text. Raises
+    Problem.
     """
     began = time.monotonic()
     source = "TinyStories V2-GPT4"

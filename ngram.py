@@ -192,10 +192,12 @@ POWERS = [np.uint64(pow(ODD, s, 2**64)) for s in range(LONGEST + 1)]
 
 
 def as_array(data):
-    """bytes or (n,) uint8 -> (n,) uint8"""
+    """bytes or (n,) uint8 -> (n,) uint8. Raises ValueError for anything else, such as tokens."""
     if isinstance(data, (bytes, bytearray)):
         return np.frombuffer(data, np.uint8)
-    return np.asarray(data, np.uint8)
+    if getattr(data, "dtype", None) != np.uint8:
+        raise ValueError("data must be bytes or an array of uint8")
+    return data
 
 
 def byte_before(data, positions, t):
@@ -439,7 +441,7 @@ class NGram:
             p = p[np.arange(len(some)), data[some]]
             with np.errstate(divide="ignore"):  # maximum likelihood: infinite, as it should be
                 bits -= np.log2(p, dtype=np.float64).sum()
-        return float(bits / max(1, len(positions)))
+        return float(bits / len(positions))
 
     def generate(self, prompt=b"", length=1000, temperature=0.8, seed=0):
         """Continue prompt by `length` bytes, or to the end of the story. -> bytes, prompt included

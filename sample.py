@@ -86,8 +86,8 @@ def ngram_head(moment, ngram):
 def knn_head(moment, keys, values):
     """What followed the most similar moments of the training text (Khandelwal et al. 2020).
 
-    keys (M, C), values (M,) the bytes that followed. Similar means near in state. The search is
-    exact, one matrix product: for a state a and a key b, |a - b|^2 = |a|^2 - 2ab + |b|^2, and
+    keys (M, C), values (M,) int64, the bytes that followed. Similar means near in state. The search
+    is exact, one matrix product: for a state a and a key b, |a - b|^2 = |a|^2 - 2ab + |b|^2, and
     |a|^2, the same for all keys, changes neither their order nor their shares.
     """
     distance = torch.addmm(keys.square().sum(1), moment.state, keys.T, alpha=-2)  # (B, M)
@@ -108,7 +108,7 @@ def vote(share, byte):
 
     1 %, and whatever was not given away, is spread over all bytes: nothing is impossible.
     """
-    p = torch.zeros(len(share), 256)
+    p = share.new_zeros(len(share), 256)
     p.scatter_add_(1, byte, 0.99 * share)
     return p + (1 - p.sum(1, keepdim=True)) / 256
 
@@ -129,7 +129,8 @@ class Fusion:
     NAMES = ("ngram", "knn", "cache")
 
     def __init__(self, model, names, ngram=None, text=None):
-        """names: of the heads beside the transformer. text: (n,) uint8, for the kNN datastore."""
+        """names: of the heads beside the transformer, some of NAMES. ngram, an NGram, and text,
+        (n,) uint8, for the kNN datastore: for the heads that need them."""
         self.model = model
         self.reach = 1  # R, how many recent bytes a head wants to see
         self.heads = {"transformer": transformer_head}
@@ -546,7 +547,7 @@ CRITERIA = (
     "Compare two short stories for small children. Judge grammar, creativity, consistency (do "
     "persons and things stay who and what they are?) and plot (does one thing lead to the next, is "
     "there a problem and an ending?). A story may be cut off at its end: do not mind.")
-QUESTION = "Which is better? End with one line: ANSWER: 1, ANSWER: 2 or ANSWER: ="
+QUESTION = "Which is better? End with a line that says ANSWER: and then 1, 2, or = (as good)."
 VERDICT = re.compile(r"(?im)answer\W*?:\W*?(?:story\W*)?([12=])\W*$")  # or **ANSWER:** 1
 ANSWERS = "answers.jsonl"
 
@@ -571,7 +572,7 @@ def blind_pairs(library, runs, args):
 
 def sign_test(wins, losses):
     """Two-sided exact p-value: how often a fair coin falls at least as unevenly as this."""
-    n = wins + losses
+    n = int(wins + losses)  # 2^n is too large for numpy's
     rare = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * rare / 2**n)
 
@@ -592,7 +593,8 @@ def read_answers():
 def ask_once(known, judge, question, first, second):
     """The known answer to this pair in this order, otherwise question(first, second), which is
     written down at once: whoever was interrupted goes on, and no answer is paid for twice."""
-    pair = hashlib.sha256("\0".join((judge, first, second)).encode()).hexdigest()
+    asked = "\0".join((judge, CRITERIA, QUESTION, first, second))
+    pair = hashlib.sha256(asked.encode()).hexdigest()
     if pair in known:
         return known[pair]
     answer = question(first, second)
@@ -653,6 +655,7 @@ def language_model(url, model, first, second):
             reason = str(getattr(error, "reason", type(error).__name__))
         except (ValueError, LookupError, TypeError, RecursionError):
             pass  # no JSON, or not of this form
+        notice(f"no answer yet: {' '.join(reason.split())}")
         time.sleep(wait)
     raise NoAnswer(printable(" ".join(reason.split())))
 
@@ -741,7 +744,7 @@ def tell(library, args):
 
 
 def split_at_commas(text):
-    return list(filter(None, text.split(",")))
+    return list(filter(None, text.replace(" ", "").split(",")))
 
 
 def parse_arguments(argv=None):

@@ -155,6 +155,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert [(x.name, x.read_bytes()) for x in tmp_path.iterdir()] == [("model.pt", b"old")]
 
 
+def test_two_threads_may_save_one_file(tmp_path):
+    contents = [b"1" * 2_000_000, b"2" * 2_000_000]
+    with multiprocessing.pool.ThreadPool(4) as pool:
+        pool.map(functools.partial(data.save, str(tmp_path / "file")), 10 * contents)
+    assert [x.read_bytes() in contents for x in tmp_path.iterdir()] == [True]
+
+
 def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path):
     code = f"import data, os; print(data.lock({str(tmp_path / 'lock')!r}), flush=True); os._exit(1)"
     (tmp_path / "link").symlink_to(tmp_path / "anything")
@@ -366,7 +373,7 @@ def test_a_validation_text_that_is_known_is_told(tmp_path, capsys, training, val
 
 
 @pytest.mark.parametrize("command, words", [
-    ("--data missing.txt", ["cannot read missing.txt", "name another file"]),
+    ("--data missing.txt", ["cannot read missing.txt", "name it anew"]),
     ("--data folder", ["cannot read folder", "directory"]),
     ("--data empty.txt", ["empty.txt is empty"]),
     ("--data utf16.txt", ["utf16.txt seems to be binary or UTF-16"]),
@@ -601,6 +608,8 @@ def test_what_cannot_be_counted_is_refused(order, smoothing):
         ngram.NGram(order, smoothing)
     with pytest.raises(ValueError, match="empty"):
         ngram.NGram().fit(b"")
+    with pytest.raises(ValueError, match="uint8"):  # tokens, say
+        ngram.NGram().fit(np.array([1000, 2000]))
 
 
 @pytest.mark.parametrize("option", ["--orders=0", "--orders=256", "--temperature=nan", "--sw"])
@@ -707,6 +716,12 @@ def test_memory_learns_as_adagrad_on_the_rows_of_known_contexts():
             for n, k in known.nonzero().tolist():
                 table[rows[n, k]] -= 0.1 * gradient[n, k] / squares[rows[n, k]].sqrt()
         assert torch.allclose(memory.table, table, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 1000, 2**25])
+def test_a_memory_has_a_power_of_two_rows(rows):
+    with pytest.raises(ValueError, match="power of 2"):
+        tiny.Memory(4, rows)
 
 
 def test_memory_knows_of_a_context_only_what_was_learned_elsewhere():
@@ -1241,11 +1256,12 @@ def test_figures_that_mean_nothing_are_said_to(tiny_runs, monkeypatch, capsys, o
 
 
 def test_a_full_disk_at_the_end_costs_no_figures(tiny_runs, monkeypatch, capsys):
-    def full(*_):
+    def full(path, content):
+        open(path, "xb").close()  # the state of a minute before
         raise data.Problem("cannot write model.pt: No space left on device")
 
     monkeypatch.setattr(tiny, "save", full)
-    with pytest.raises(data.Problem, match="No space left"):
+    with pytest.raises(data.Problem, match="No space left.*, then go on .*--resume"):
         tiny_runs("a", "--steps", 3)
     assert "val_bpb: " in capsys.readouterr().out
     stop_at(monkeypatch, 2, signal.SIGINT)
@@ -1415,6 +1431,8 @@ def test_seeds_and_sweep(tmp_path, stories_file):
     bpb = [float(row.split("\t")[0]) for row in rows]
     assert f"2 runs: {np.mean(bpb):.4f} ± {np.std(bpb, ddof=1):.4f}" in result.stdout
     assert (tmp_path / "seeds" / "2" / "model.pt").exists()
+    with pytest.raises(data.Problem, match="several runs; name one of them: .*seeds/1"):
+        tiny.load_checkpoint(tmp_path / "seeds")
     recipe = tiny.load_checkpoint(tmp_path / "seeds" / "2")[1]["recipe"]
     assert recipe["seeds"] is None and recipe["seed"] == 2  # --resume goes on with this run alone
     assert refusal.returncode == 2 and "multiple of 2 x heads" in refusal.stderr
@@ -1784,6 +1802,7 @@ def test_prompts_are_five_words_of_sixty_bytes_at_most(tmp_path, story, prompt):
 def test_sign_test_is_exact():
     assert sample.sign_test(5, 5) == 1 and sample.sign_test(0, 0) == 1
     assert sample.sign_test(10, 0) == pytest.approx(2 / 1024)
+    assert sample.sign_test(np.int64(70), np.int64(30)) == pytest.approx(7.85e-5, rel=0.01)
     assert sample.sign_test(8, 2) == sample.sign_test(2, 8) == pytest.approx(2 * 56 / 1024)
 
 
@@ -1882,18 +1901,21 @@ def endpoint(two_runs, tmp_path, monkeypatch, capsys):
     ("Story 1 is longer. ANSWER: none", []), ("ANSWER: 12", []),
     ("ANSWER: 2\n\nGood night!", ["2"]),
     ("You want ANSWER: 1, ANSWER: 2 or ANSWER: =. I cannot tell.", []),
+    (f"{sample.QUESTION}\nI prefer the second.", []),
 ])
 def test_verdicts_are_read_tolerantly(answer, verdicts):
     assert sample.VERDICT.findall(answer) == verdicts
 
 
-def test_a_language_model_judges_and_faults_are_survived(endpoint, tmp_path):
+def test_a_language_model_judges_and_faults_are_survived(endpoint, tmp_path, monkeypatch):
     judge, seen = endpoint
     result = judge(429, b"<html>", b"cut", None)
     assert "b.txt: 5 wins" in result and "order: 0" in result and "p: 0.0625" in result
     assert seen == [("Bearer sk-secret", "stub")] * (4 + 10)
     assert judge() == result and len(seen) == 4 + 10  # nothing is asked twice
-    assert judge(path="v2") == result and len(seen) == 4 + 10 + 10  # but another judge is
+    assert judge(path="v2") == result and len(seen) == 4 + 10 + 10  # but another judge is,
+    monkeypatch.setattr(sample, "CRITERIA", "Which is shorter?")  # and another question
+    assert judge() == result and len(seen) == 4 + 10 + 10 + 10
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert b"sk-secret" not in written
 
@@ -1974,7 +1996,7 @@ def test_stories_from_the_same_prompt_differ(fused):
 # ---- what users do wrong -------------------------------------------------------------------------
 
 BAD = [  # command, words of the one line that answers it
-    ("tiny.py --data missing.txt", ["cannot read missing.txt", "name another file"]),
+    ("tiny.py --data missing.txt", ["cannot read missing.txt", "name it anew"]),
     ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 513"]),
     ("tiny.py --minutes 0", ["--minutes"]), ("tiny.py --minutes nan", ["--minutes"]),
     ("tiny.py --seeds 2 --sweep 2", ["--sweep", "not allowed"]),
@@ -1986,6 +2008,8 @@ BAD = [  # command, words of the one line that answers it
     ("tiny.py --set context=2", ["at least 8"]),
     ("tiny.py --set rate=0", ["--set"]), ("tiny.py --device cuda", ["--device cuda"]),
     ("tiny.py --data stories.txt --out short.txt/run", ["cannot write short.txt/run"]),
+    ("tiny.py --data stories.txt --out .", ["--out . is not empty"]),
+    ("tiny.py --resume short.txt", ["short.txt/model.pt", "name the folder"]),
     ("tiny.py --resume nowhere", ["no nowhere/model.pt", "train a model first"]),
     ("tiny.py --resume broken", ["not a checkpoint"]), ("tiny.py --sw 2", ["--sw"]),
     ("sample.py --out nowhere", ["nowhere/model.pt", "train a model first"]),

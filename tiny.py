@@ -90,9 +90,10 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, kv=None, slot=None):
         """x (B, W, C) -> (B, W, C)
 
-        For generation (skip it at first): kv, a KV cache, has room for the keys and values of S
-        words, (2, B, S, H, D). The words of x go into it at `slot`, (B, W) int64, which says how
-        many words of their text came before each (GPT.think_on), and see all up to themselves.
+        cos, sin (W, D/2), of rotate. For generation (skip it at first): kv, a KV cache, has room
+        for the keys and values of S words, (2, B, S, H, D). The words of x go into it at `slot`,
+        (B, W) int64, which says how many words of their text came before each (GPT.think_on), and
+        see all up to themselves. cos and sin are cos[slot][:, None] then, (B, 1, W, D/2).
         """
         B, W, C = x.shape
         q, k, v = self.qkv(x).view(B, W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, W, D)
@@ -238,13 +239,16 @@ class Memory(nn.Module):
     learn fast and common ones settle.
 
     The contract: call it once, let `backward` of a loss that is a MEAN over positions run once,
-    then call `step`. Set later_epoch when the text begins again.
+    then call `step`. Set later_epoch when the text begins again. To go on after a break, keep
+    `squares` as well, the optimizer's state (Run.save): state_dict leaves it out.
     """
 
     def __init__(self, width, rows):
-        """rows: a power of 2, at most 2^COUNTER_BITS. Counters are finer than rows: several
-        contexts may share a row, but they should not make each other known."""
+        """rows: a power of 2, at most 2^COUNTER_BITS, or it raises ValueError. Counters are finer
+        than rows: several contexts may share a row, but they should not make each other known."""
         super().__init__()
+        if rows.bit_count() != 1 or rows > 2**COUNTER_BITS:
+            raise ValueError(f"rows must be a power of 2, at most 2^{COUNTER_BITS}, not {rows}")
         self.later_epoch = False
         self.shift = COUNTER_BITS - (rows.bit_length() - 1)  # counter >> shift is the row
         self.register_buffer("table", torch.zeros(rows, width))
@@ -254,7 +258,8 @@ class Memory(nn.Module):
         self.register_buffer("squares", torch.full((rows,), 0.03), persistent=False)
 
     def forward(self, hashes):
-        """hashes (N, K) int64 -> (N, C): the sum of the rows of the contexts that are known"""
+        """hashes (N, K) int64, of which the highest bits count (multiply small numbers by ODD) ->
+        (N, C): the sum of the rows of the contexts that are known"""
         counter = (hashes >> (64 - COUNTER_BITS)) & (2**COUNTER_BITS - 1)  # the highest bits
         learning = torch.is_grad_enabled()
         needed = 1
@@ -296,8 +301,9 @@ def all_processes(x):
 
 
 def find_words(ids):
-    """ids (B, L) -> words_done (B, L): how many words are complete at each byte; end (B, W): the
-    byte that completes each word, the first that is not a letter (0 where a text has fewer words).
+    """ids (B, L) int64 -> words_done (B, L): how many words are complete at each byte; end (B, W):
+    the byte that completes each word, the first that is not a letter (0 where a text has fewer
+    words).
 
         ids         O  n  c  e  _  s  h  e  ,  _  w  e  n
         words_done  0  0  0  0  1  1  1  1  2  2  2  2  2
@@ -405,13 +411,18 @@ class Pointer(nn.Module):
             cache["p"] = p[:, -1]
         # With the logarithms of all bytes summed up, a difference is that of the letters between.
         total = extend(cache, "log_p", p_came.clamp(min=1e-12).log()).cumsum(1)
-        log_p = total[:, L - T :] - total.gather(1, before_word)
-        to_head = share[..., 0] * log_p.clamp(min=-25).exp() + (share_fits * is_whole).sum(-1)
-        return (to_head[:, :, None] * p).scatter_add(2, next_byte, share_fits * ~is_whole)
+        log_prefix = total[:, L - T :] - total.gather(1, before_word)
+        to_head = share[..., 0] * log_prefix.clamp(min=-25).exp()
+        to_head = to_head + (share_fits * is_whole).sum(-1)
+        to_words = (share_fits * ~is_whole).to(p.dtype)
+        return (to_head[:, :, None] * p).scatter_add(2, next_byte, to_words)
 
 
 class GPT(nn.Module):
-    """A byte-level GPT that thinks in words. rows: of the memory, a power of 2.
+    """A byte-level GPT that thinks in words.
+
+    width: a multiple of 2 x heads; context: even; rows: of the memory, a power of 2; plain: the
+    usual transformer instead. Every byte is a word, there is no memory and no pointer.
 
     Bytes make long texts, so layers over bytes cost much. Here they see words only. The vector of a
     word is that of the byte that ends it, as the memory's contexts there include the whole word.
@@ -426,8 +437,6 @@ class GPT(nn.Module):
 
     Nothing stops at the END between two stories: what stands before it is seen, as in most GPTs,
     and the model has to learn to ignore it.
-
-    plain: the usual transformer instead. Every byte is a word, there is no memory and no pointer.
     """
 
     def __init__(self, layers=2, heads=4, width=128, context=512, rows=2**19, plain=False):
@@ -577,10 +586,10 @@ def generate(model, prompt, temperature=1.0, top_p=1.0, candidates=8, generator=
     to p(word)^(1/t - 1) multiplies that to p(word)^(1/t), exactly so with infinitely many
     candidates (importance resampling, Rubin 1987).
 
-    prompt: bytes; END is put before it. top_p: of each byte. candidates: with 1 the temperature is
-    each byte's (as it is at t = 0 and t >= 1). fuse: a function that may change the probabilities
-    (sample.py): p (B, 256), states (B, L, C) of the bytes in the context, ids (B, n) all so far
-    -> p.
+    model: a GPT, or what has its forward, context, new_cache and rewind. prompt: bytes; END is put
+    before it. top_p: of each byte. candidates: with 1 the temperature is each byte's (as it is at
+    t = 0 and t >= 1). fuse: a function that may change the probabilities (sample.py): p (B, 256),
+    states (B, L, C) of the bytes in the context, ids (B, n) all so far -> p.
 
     When the context is nearly full, its last three quarters are fed again as a new one, so that
     every byte sees at least that much, however long the text.
@@ -706,7 +715,8 @@ LEAST = 250_000  # bytes; on a shorter text a run ends only after the steps that
 class Batches:
     """Windows of the text, in an order drawn anew for each epoch, and the teacher's view of them.
 
-    Windows are drawn without replacement: all of the text is read before any of it is read again.
+    Windows are drawn without replacement: all of the text is read before any of it is read again
+    (but for what is left over at the end of an epoch, less than a batch).
     (Drawn with replacement, a third of the text is still unseen when as much as all was read.)
     text: (n,) uint8. rank, world: this is one of `world` processes and reads its part of the text
     (alone: 0, 1).
@@ -837,7 +847,7 @@ def train_step(net, optimizers, ids, teacher, factor):
         loss = distillation_loss(logits, target, teacher, DISTILL_WEIGHT)
     loss.backward()
     # A sum is NaN or infinite if any of its numbers is.
-    gradients = torch.stack([p.grad.sum() for p in model.parameters()])
+    gradients = torch.stack([p.grad.sum() for p in model.parameters() if p.grad is not None])
     finite = gradients.isfinite().all()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -1219,7 +1229,9 @@ class Run:
             self.keep_folder()
             save_checkpoint(self.args, self.model, facts)
         except Problem as problem:
-            failure = problem  # first the figures
+            failure = str(problem)  # first the figures
+            if os.path.exists(os.path.join(self.args.out, "model.pt")):
+                failure = f"{problem}, then go on from what was saved: --resume {self.args.out}"
         story = self.story(b"Once upon a time", self.length)
         self.say(f"\n{picture(state['curve'])}\n\n{story}\n")
         facts["peak_memory_mb"] = round(peak_memory() / 1e6)
@@ -1228,7 +1240,7 @@ class Run:
             self.say(f"{name}: {value}")
         self.warn(bpb, bytes_seen / len(self.text.train))
         if failure is not None:
-            raise failure
+            raise Problem(failure)
         return facts
 
     def warn(self, bpb, epochs):
@@ -1308,6 +1320,8 @@ def new_folder(out, first):
             pass
         except OSError as error:
             raise Problem(f"cannot write {name}: {error.strerror}; name another --out") from None
+        if os.path.basename(out) in (".", ".."):
+            raise Problem(f"--out {out} is not empty; name a folder for the run alone")
         n += 1
         name = f"{out}-{n}"
     if n > 1:
@@ -1371,9 +1385,11 @@ def load_checkpoint(out, device="cpu"):
         content["made_here"] = type(content["folder"]) is int and content["folder"] == here
         content["written"] = written
     except FileNotFoundError:
+        if os.path.exists(os.path.join(out, "runs.tsv")):
+            raise Problem(f"{out} holds several runs; name one of them: {out}/1") from None
         raise Problem(f"no {shown}; train a model first: python tiny.py --minutes 5") from None
     except OSError as error:
-        raise Problem(f"cannot read {shown}: {error.strerror}; name another run") from None
+        raise Problem(f"cannot read {shown}: {error.strerror}; name the folder of a run") from None
     except Exception:  # whatever a damaged or foreign file leads to
         raise Problem(f"{shown} is not a checkpoint of this tiny.py; train again") from None
     return model.to(device), content
@@ -1546,7 +1562,8 @@ def trusted_recipe(out, checkpoint, args):
     recipe = dict(checkpoint["recipe"])
     if not checkpoint["made_here"]:
         if recipe["data"] and not args.data:
-            raise Problem(f"the run in {out} was made elsewhere; name its text with --data")
+            raise Problem(f"the run in {out} was made elsewhere; name its text with --data, and "
+                          "with --valid if it had one")
         recipe |= {"valid": None, "cache": args.cache}
     return recipe
 
@@ -1590,7 +1607,7 @@ def several(args):
             notice(f"{problem} (run {i} of {len(changes)}: {change})")
             continue
         scores.append(facts["val_bpb"])
-        lines.append(f"{facts['val_bpb']}\t{facts['steps']} steps\t{change}")
+        lines.append(f"{facts['val_bpb']}\t{facts['steps']} steps\t{one['out']}\t{change}")
         save(os.path.join(folder, "runs.tsv"), "\n".join(lines).encode())
     if len(scores) < 2:
         raise Problem("fewer than two runs came to their end: see above")
