@@ -51,7 +51,7 @@ from ngram import NGram
 
 
 # ---- 1. The model --------------------------------------------------------------------------------
-# The whole is `class GPT`, at the end of this section; its docstring is the map. In short: layers
+# The whole is `GPT`, at the end of this section; its docstring is the map. In short: layers
 # look at words, and everything smaller than a word is left to a table. (With --plain every byte is
 # a word, and there is no table.)
 
@@ -1580,7 +1580,7 @@ def resumed(args, parser, argv):
     return argparse.Namespace(**options), (model, checkpoint)
 
 
-DRAWN = dict(width=(32, 48, 64, 96, 128), layers=(1, 1, 2, 3), heads=(1, 1, 2),
+DRAWN = dict(width=(32, 48, 64, 96, 128), layers=(1, 1, 2, 3), heads=(1, 2, 4),
              context=(128, 256, 512, 1024), batch=(2, 4, 8, 16), rate=(0.5, 1.0, 2.0))
 
 
