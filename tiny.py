@@ -19,8 +19,9 @@ import time
 
 START = time.monotonic()  # the budget counts everything, the slow imports below included
 
-# PyTorch's threads spin while they wait for each other. Where another process was running, that
-# made steps up to 20 times slower. Spinning for a shorter time costs 4 % when nothing else runs.
+# PyTorch's threads spin while they wait for each other. Where another process is running, that
+# makes a run a third longer, and at times many times as long. Spinning for a shorter time costs
+# 4 % when nothing else runs.
 # (This must be set before `import torch`.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -895,7 +896,7 @@ def train(args, start, before=None):
             run.count(loss)  # steps, the progress bar, NaN
             if run.time_to_look():
                 run.look()  # evaluate, continue PROMPT
-            if run.time_to_save():
+            if time.monotonic() - run.saved > SAVE_EVERY:
                 run.save()
         return run.finish()
 
@@ -1159,9 +1160,6 @@ class Run:
         if os.path.exists(log) and os.path.samestat(os.stat(log), os.fstat(self.log.fileno())):
             return
         self.take_folder()
-
-    def time_to_save(self):
-        return time.monotonic() - self.saved > SAVE_EVERY
 
     def save(self):
         """Save the state of the training, so that --resume can go on from here. A full disk is no
