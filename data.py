@@ -118,7 +118,7 @@ def read(paths, megabytes=math.inf):
                 large = len(content) > limit
                 content = content[:limit]
         except OSError as error:
-            advice = "name it anew with --data or --valid"
+            advice = "name another file (for a text: --data or --valid)"
             raise Problem(f"cannot read {path}: {error.strerror}; {advice}") from None
         head = content[:100_000]
         plain = head.translate(None, bytes([*range(8), *range(14, 27)]))  # no control characters
@@ -139,7 +139,7 @@ def read(paths, megabytes=math.inf):
 
 def save(path, content):
     """Write bytes so that `path` is the whole old file or the whole new one, whatever happens."""
-    temporary = f"{path}.tmp{os.urandom(4).hex()}"  # another for every call
+    temporary = f"{path}.tmp{os.urandom(4).hex()}"  # a different one for every call
     if os.path.exists(path) and not os.path.isfile(path):
         raise Problem(f"{path} is not a regular file; give another name")
     try:
@@ -158,7 +158,7 @@ def save(path, content):
 
 
 def lock(path):
-    """-> `path`, open and ours until it is closed or the process ends (and those it has started);
+    """-> `path`, open and ours until it is closed or the process, with any fork of it, has ended;
     None if another holds it."""
     if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
         raise Problem(f"{path} is not a regular file; remove it")  # a link could lead to any file

@@ -522,7 +522,9 @@ CRITERIA = (
     "Compare two short stories for small children. Judge grammar, creativity, consistency (do "
     "persons and things stay who and what they are?) and plot (does one thing lead to the next, is "
     "there a problem and an ending?). A story may be cut off at its end: do not mind.")
-QUESTION = "Which is better? End with a line that says ANSWER: and then 1, 2, or = (as good)."
+QUESTION = (
+    "Which is better? If they are equally good, the answer is =. End with a line that says ANSWER: "
+    "and then only 1, 2 or =.")
 VERDICT = re.compile(r"(?im)answer\W*?:\W*?(?:story\W*)?([12=])\W*$")  # or **ANSWER:** 1
 ANSWERS = "answers.jsonl"
 

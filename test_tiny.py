@@ -373,7 +373,7 @@ def test_a_validation_text_that_is_known_is_told(tmp_path, capsys, training, val
 
 
 @pytest.mark.parametrize("command, words", [
-    ("--data missing.txt", ["cannot read missing.txt", "name it anew"]),
+    ("--data missing.txt", ["cannot read missing.txt", "name another file"]),
     ("--data folder", ["cannot read folder", "directory"]),
     ("--data empty.txt", ["empty.txt is empty"]),
     ("--data utf16.txt", ["utf16.txt seems to be binary or UTF-16"]),
@@ -1261,7 +1261,7 @@ def test_a_full_disk_at_the_end_costs_no_figures(tiny_runs, monkeypatch, capsys)
         raise data.Problem("cannot write model.pt: No space left on device")
 
     monkeypatch.setattr(tiny, "save", full)
-    with pytest.raises(data.Problem, match="No space left.*, then go on .*--resume"):
+    with pytest.raises(data.Problem, match="No space left.*; free .*, then go on with --resume"):
         tiny_runs("a", "--steps", 3)
     assert "val_bpb: " in capsys.readouterr().out
     stop_at(monkeypatch, 2, signal.SIGINT)
@@ -1995,7 +1995,7 @@ def test_stories_from_the_same_prompt_differ(fused):
 # ---- what users do wrong -------------------------------------------------------------------------
 
 BAD = [  # command, words of the one line that answers it
-    ("tiny.py --data missing.txt", ["cannot read missing.txt", "name it anew"]),
+    ("tiny.py --data missing.txt", ["cannot read missing.txt", "name another file"]),
     ("tiny.py --data short.txt", ["training text has 9 bytes", "at least 513"]),
     ("tiny.py --minutes 0", ["--minutes"]), ("tiny.py --minutes nan", ["--minutes"]),
     ("tiny.py --seeds 2 --sweep 2", ["--sweep", "not allowed"]),

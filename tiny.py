@@ -20,8 +20,8 @@ import time
 START = time.monotonic()  # the budget counts everything, the slow imports below included
 
 # PyTorch's threads spin while they wait for each other. Where another process is running, that
-# makes a run a third longer, and at times many times as long. Spinning for a shorter time costs
-# 4 % when nothing else runs.
+# makes steps take a third longer, and sometimes many times as long. Spinning for a shorter time
+# costs 4 % when nothing else runs.
 # (This must be set before `import torch`.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -91,10 +91,10 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, kv=None, slot=None):
         """x (B, W, C) -> (B, W, C)
 
-        cos, sin (W, D/2), of rotate. For generation (skip it at first): kv, a KV cache, has room
+        cos, sin (W, D/2): see rotate. For generation (skip it at first): kv, a KV cache, has room
         for the keys and values of S words, (2, B, S, H, D). The words of x go into it at `slot`,
         (B, W) int64, which says how many words of their text came before each (GPT.think_on), and
-        see all up to themselves. cos and sin are cos[slot][:, None] then, (B, 1, W, D/2).
+        see all up to themselves. cos and sin are those of each word's slot, (B, 1, W, D/2).
         """
         B, W, C = x.shape
         q, k, v = self.qkv(x).view(B, W, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, W, D)
@@ -1229,7 +1229,9 @@ class Run:
         except Problem as problem:
             failure = str(problem)  # first the figures
             if os.path.exists(os.path.join(self.args.out, "model.pt")):
-                failure = f"{problem}, then go on from what was saved: --resume {self.args.out}"
+                reason = failure.partition(";")[0]
+                out = shlex.quote(self.args.out)
+                failure = f"{reason}; free some space, then go on with --resume {out}"
         story = self.story(b"Once upon a time", self.length)
         self.say(f"\n{picture(state['curve'])}\n\n{story}\n")
         facts["peak_memory_mb"] = round(peak_memory() / 1e6)
