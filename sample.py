@@ -622,7 +622,8 @@ def language_model(url, model, first, second):
                 text = reply.read(1_000_000).decode("utf-8", "replace")
             if key:
                 text = text.replace(key, "JUDGE_KEY")
-            reason = f"HTTP {reply.status} {text[:300]}"  # the server's own words
+            shown = " ".join(text[:300].split())  # the server's own words, in one line
+            reason = f"HTTP {reply.status} {shown}"
             if 400 <= reply.status < 500 and reply.status not in (408, 429):
                 break  # it would say the same again
             found = VERDICT.findall(str(json.loads(text)["choices"][0]["message"]["content"]))
@@ -632,9 +633,9 @@ def language_model(url, model, first, second):
             reason = str(getattr(error, "reason", type(error).__name__))
         except (ValueError, LookupError, TypeError, RecursionError):
             pass  # no JSON, or not of this form
-        notice(f"no answer yet: {' '.join(reason.split())}")
+        notice(f"no answer yet: {reason}")
         time.sleep(wait)
-    raise NoAnswer(printable(" ".join(reason.split())))
+    raise NoAnswer(printable(reason))
 
 
 def in_both_orders(ask, first, second):
