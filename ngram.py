@@ -18,9 +18,8 @@ from collections import Counter
 from itertools import product
 
 import numpy as np
-import numpy.random  # numpy itself would import it at its first use, and lose a Ctrl-C meanwhile
 
-END = 0  # the byte between stories; no context reaches back beyond it
+END = 0  # the byte between stories, and before the first
 
 
 # ---- 1. The textbook model -----------------------------------------------------------------------
@@ -68,7 +67,7 @@ class Textbook:
                 counts[n] = Counter((context_before(text, i, n), text[i])
                                     for i in range(len(text)) if i != left_out)
         if constants is None:
-            constants = {n: discounts(smoothing, list(counts[n].values())) for n in counts}
+            constants = {n: discounts(smoothing, n, list(counts[n].values())) for n in counts}
         self.constants = constants
         self.followers = {}  # followers[h][w]: the same counts, by context (of any length)
         for n in counts:
@@ -92,10 +91,8 @@ class Textbook:
 
 
 def context_before(text, i, n):
-    """The n-1 bytes before position i of text (bytes). Beyond the story's beginning all are END,
-    so its first bytes are predicted from other stories' first bytes, not from the story before."""
-    story = text[max(0, i - n + 1) : i].rpartition(b"\0")[2]
-    return story.rjust(n - 1, b"\0")
+    """The n-1 bytes before position i of text (bytes). Before the text all are END."""
+    return text[max(0, i - n + 1) : i].rjust(n - 1, b"\0")
 
 
 def orders_mixed(smoothing, order):
@@ -126,16 +123,16 @@ def smooth(smoothing, count, different, constants):
     return constants[np.minimum(count, 3)], 0
 
 
-def discounts(smoothing, count):
-    """What counts of 0, 1, 2, and 3 or more give up. count: of all n-grams of an order. -> (4,)
+def discounts(smoothing, n, count):
+    """What counts of 0, 1, 2, and 3 or more give up. count: of all n-grams of order n. -> (4,)
 
     Absolute discounting and Kneser-Ney take the same y = met[1] / (met[1] + 2 met[2]) from every
     count (Chen & Goodman 1999, equation 17). Modified Kneser-Ney asks more closely: an n-gram that
     was met c times here can be expected r = (c + 1) met[c + 1] / met[c] times in another text as
     long (Good 1953). Its discount is c - y r (equation 26; c - r would be Good's own), which for
     c = 1 is y again. Clipped to between 0.01, so that new bytes stay possible, and c."""
-    if smoothing == "jelinek-mercer":  # a share of the count; the fast model learns a better one
-        return np.full(4, 0.5)
+    if smoothing == "jelinek-mercer":  # a share of the count: the longer, the less it is worth
+        return np.full(4, min(0.9, n / 12))
     met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # [c]: n-grams met c times
     y = met[1] / max(1, met[1] + 2 * met[2])
     found = np.array([0, y, y, y])
@@ -180,24 +177,26 @@ def continuation_counts(longer):
 # ---- 3. Contexts as numbers ----------------------------------------------------------------------
 # Further axes: N positions asked about, R of them with a context that is known.
 #
-# The context of t bytes before position i becomes one 64-bit number:
+# The context of t bytes before position i becomes one 64-bit number, as in Horner's rule:
 #
 #     hash = sum over s = 1 ... t of (data[i-s] + 1) * ODD^s      modulo 2^64
 #
 # One byte more is one term more. Taking the farthest byte away again is one subtraction.
 
-LONGEST = 255  # the highest order
-ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio (Knuth); odd, so that multiplying loses nothing
-POWERS = [np.uint64(pow(ODD, s, 2**64)) for s in range(LONGEST + 1)]
+ODD = 6364136223846793005  # Knuth's, for MMIX; odd, so that multiplying mod 2^64 loses nothing
 
 
 def as_array(data):
     """bytes or (n,) uint8 -> (n,) uint8. Raises ValueError for anything else, such as tokens."""
-    if isinstance(data, (bytes, bytearray)):
-        return np.frombuffer(data, np.uint8)
-    if getattr(data, "dtype", None) != np.uint8:
+    data = np.asarray(memoryview(data))
+    if data.dtype != np.uint8:
         raise ValueError("data must be bytes or an array of uint8")
     return data
+
+
+def power(t):
+    """ODD^t modulo 2^64"""
+    return np.uint64(pow(ODD, t, 2**64))
 
 
 def byte_before(data, positions, t):
@@ -208,23 +207,13 @@ def byte_before(data, positions, t):
 
 
 def context_hashes(data, positions, longest):
-    """Yield for t = 0 ... longest the hash of the t bytes before each position, (N,) uint64, and
-    inside (N,), about byte t alone: True for the bytes of this story and for one END. Those beyond
-    add nothing. Both arrays change in place: copy what is to be kept."""
+    """Yield for t = 0 ... longest the hash of the t bytes before each position, (N,) uint64. The
+    array changes in place: copy what is to be kept."""
     h = np.zeros(len(positions), np.uint64)
-    inside = np.ones(len(positions), bool)
-    yield h, inside
+    yield h
     for t in range(1, longest + 1):
-        byte = byte_before(data, positions, t)
-        h += (byte + np.uint64(1)) * POWERS[t] * inside
-        yield h, inside
-        inside &= byte != END
-
-
-def mix(h):
-    """Spread a hash evenly over its 64 bits, since a sum of products is too regular."""
-    h = (h ^ (h >> np.uint64(32))) * POWERS[2]
-    return (h ^ (h >> np.uint64(32))) * POWERS[1]
+        h += (byte_before(data, positions, t) + np.uint64(1)) * power(t)
+        yield h
 
 
 def run_starts(values):
@@ -233,18 +222,9 @@ def run_starts(values):
 
 
 def one_of_each(keys):
-    """The index of one key of each value. (n,) uint64 -> (different values,) int64
-
-    numpy sorts numbers ten times faster than it finds their order (argsort). So the index replaces
-    the low bits of a hash of the key, and both are sorted as one number. For 16 million keys 40
-    bits are left to the hash: about a hundred keys share theirs with another and are missed."""
-    index_bits = np.uint64(2 ** len(keys).bit_length() - 1)
-    packed = mix(keys)
-    packed &= ~index_bits
-    packed |= np.arange(len(keys), dtype=np.uint64)
-    packed.sort()
-    first = run_starts(packed & ~index_bits)
-    return (packed[first] & index_bits).astype(np.int64)
+    """The index of one key of each value. (n,) uint64 -> (different values,) int64"""
+    order = keys.argsort()
+    return order[run_starts(keys[order])]
 
 
 class Counts:
@@ -258,13 +238,13 @@ class Counts:
         grams = events[first]  # each different n-gram once
         context = grams >> np.uint64(8)
         first = run_starts(context)
-        self.context = context[first]  # (contexts,) uint64: 56 bits of the mixed hash, ascending
+        self.context = context[first]  # (contexts,) uint64: 56 bits of the hash, ascending
         self.start = np.append(first, len(grams)).astype(np.uint32)  # where its followers begin
         self.byte = grams.astype(np.uint8)  # (n-grams,) the follower
         self.count = count.astype(np.min_scalar_type(count.max()))  # (n-grams,) unsigned
 
     def find(self, h):
-        """Mixed hashes (N,) uint64 -> the index of each context, (N,) int64; -1: unknown."""
+        """Hashes (N,) uint64 -> the index of each context, (N,) int64; -1: unknown."""
         h, which = np.unique(h >> np.uint64(8), return_inverse=True)  # sorted: much faster
         index = np.searchsorted(self.context[:-1], h)  # without the last: never beyond the end
         return np.where(self.context[index] == h, index, -1)[which]
@@ -282,25 +262,19 @@ class Counts:
 
 # ---- 4. The fast model ---------------------------------------------------------------------------
 
-SHARES = 0.03, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9  # of which Jelinek-Mercer chooses
-SHORT = 3  # contexts up to this order are few, but have many followers
 SLICE = 1 << 14  # how many positions are worked on at a time
 
 
 class NGram:
-    """A counting language model. smoothing: one of SMOOTHINGS; order: from 1 to 255. data is bytes
+    """A counting language model. smoothing: one of SMOOTHINGS; order: at least 1. data is bytes
     or (n,) uint8 everywhere, with END (0) between stories. It needs this file and numpy alone."""
 
     def __init__(self, order=12, smoothing="modified-kneser-ney"):
-        if not 1 <= order <= LONGEST:
-            raise ValueError(f"order must be from 1 to {LONGEST}, not {order}")
-        if smoothing not in SMOOTHINGS:
-            raise ValueError(f"smoothing must be one of {', '.join(SMOOTHINGS)}, not {smoothing}")
+        if order < 1 or smoothing not in SMOOTHINGS:
+            raise ValueError(f"order must be at least 1, smoothing one of {', '.join(SMOOTHINGS)}")
         self.order = order
         self.smoothing = smoothing
-        orders = orders_mixed(smoothing, order)
-        self.short = [n for n in orders if n <= SHORT]
-        self.long = [n for n in orders if n > SHORT]
+        self.orders = orders_mixed(smoothing, order)
         self.counts = {}  # n -> Counts
         self.constants = np.zeros((order + 1, 4))  # of each order, for `smooth`
 
@@ -317,42 +291,22 @@ class NGram:
         if len(data) == 0:
             raise ValueError("nothing to count: the text is empty")
         h = np.zeros(len(data), np.uint64)  # the hash of each event's context
-        depth = np.zeros(len(data), np.uint8)  # h has a term for each of t = 1 ... depth-1
         for a in range(0, len(data), SLICE):
             some = np.arange(a, min(a + SLICE, len(data)))
-            for hashes, inside in context_hashes(data, some, self.order - 1):
-                depth[some] += inside
-            h[some] = hashes
+            *_, h[some] = context_hashes(data, some, self.order - 1)
         position = np.arange(len(data), dtype=np.int32)
         for n in range(self.order, 0, -1):
-            events = mix(h)
-            events &= ~np.uint64(255)
-            events |= data[position]
+            events = (h & ~np.uint64(255)) | data[position]
             if n > 1:  # for the next order: its events, with contexts shorter by a byte
                 if self.smoothing in KNESER_NEY:
                     kept = one_of_each(events)
                     h = h[kept]
                     position = position[kept]
-                    depth = depth[kept]
-                t = n - 1  # the farthest byte; outside the story it has no term to take away
-                byte = byte_before(data, position, t)
-                h -= (byte + np.uint64(1)) * POWERS[t] * (t < depth)
+                farthest = byte_before(data, position, n - 1)
+                h -= (farthest + np.uint64(1)) * power(n - 1)
             self.counts[n] = Counts(events)
-            self.constants[n] = discounts(self.smoothing, self.counts[n].count)
-        if self.smoothing == "jelinek-mercer":
-            self._learn_shares(data)
+            self.constants[n] = discounts(self.smoothing, n, self.counts[n].count)
         return self
-
-    def _learn_shares(self, data):
-        """Jelinek-Mercer's constants: for each order the share that is best for some of the text,
-        asked with each occurrence left out. Twice, as the other orders' have changed meanwhile."""
-        some = np.random.default_rng(0).integers(0, len(data), 5_000)
-        for n in 2 * list(range(1, self.order + 1)):
-            bits = {}
-            for share in SHARES:
-                self.constants[n] = share
-                bits[share] = self.bits_per_byte(data, some, leave_one_out=True)
-            self.constants[n] = min(bits, key=bits.get)
 
     def probs(self, data, positions, leave_one_out=False):
         """The distribution of the byte at each position, by those before. -> (N, 256) float32
@@ -363,19 +317,16 @@ class NGram:
         if len(data) == 0:
             data = np.array([END], np.uint8)  # stands for the END before the text
         positions = np.asarray(positions, np.int64)
-        return self._hand_down(data, positions, self.long, leave_one_out)
-
-    def _hand_down(self, data, positions, orders, leave_one_out):
-        """The formula of section 1, unrolled. For orders 1 to 3 it is
-
-            p_3 = given_3 + left_3 * (given_2 + left_2 * (given_1 + left_1 / 256))
-
-        with given_n = (count - discount) / denominator and left_n = handed / denominator. So go
-        from the longest context down, and multiply what each order gives by all left_n before."""
+        # The formula of section 1, unrolled. For orders 1 to 3 it is
+        #
+        #     p_3 = given_3 + left_3 * (given_2 + left_2 * (given_1 + left_1 / 256))
+        #
+        # with given_n = (count - discount) / denominator and left_n = handed / denominator. So go
+        # from the longest context down, and multiply what each order gives by all left_n before.
         left = np.ones(len(positions))  # (N,) the product of the left_n so far
         given = []  # of each order: flat indices (E,) into (N, 256), and their p (E,)
         still_lower = np.full(len(positions), leave_one_out, bool)  # (N,) is a count to lower?
-        for n, row, context in reversed(self._find(data, positions, orders)):
+        for n, row, context in reversed(self._find(data, positions)):
             first, of, byte, count = self.counts[n].followers(context)
             different = np.diff(first, append=len(of))
             at = row[of]  # (E,) the position that each follower is for
@@ -397,34 +348,20 @@ class NGram:
             left[row] = scale * handed
         if self.smoothing != "maximum-likelihood":
             left = np.maximum(left, 1e-12)  # so that float32 does not round it to impossible
-        p = self._below(data, positions, orders, still_lower)
-        p *= left[:, None]
+        p = np.repeat(np.float32(left / 256), 256).reshape(-1, 256)
         for place, probability in given:
             p.reshape(-1)[place] += probability
         return p
 
-    def _below(self, data, positions, orders, still_lower):
-        """What the orders hand down to: the short ones, or 1/256. -> (N, 256) float32"""
-        if orders == self.short:
-            return np.full((len(positions), 256), 1 / 256, np.float32)
-        # Two bytes are all that short contexts see: answer once for each different pair of them.
-        far = byte_before(data, positions, 2).astype(np.int64)
-        pair = 256 * far + byte_before(data, positions, 1)
-        _, example, which = np.unique(pair, return_index=True, return_inverse=True)
-        p = self._hand_down(data, positions[example], self.short, False)[which]
-        if still_lower.any():  # there the target matters too
-            p[still_lower] = self._hand_down(data, positions[still_lower], self.short, True)
-        return p
-
-    def _find(self, data, positions, orders):
-        """Which of the orders know the context of which positions? -> list of n, row (R,): indices
-        into positions, context (R,): indices into counts[n]"""
+    def _find(self, data, positions):
+        """Which orders know the context of which positions? -> list of n, row (R,): indices into
+        positions, context (R,): indices into counts[n]"""
         found = []
         row = np.arange(len(positions))
-        hashes = context_hashes(data, positions, max(orders, default=1) - 1)
-        for n, (h, _) in enumerate(hashes, 1):
-            if n in orders:
-                context = self.counts[n].find(mix(h[row]))
+        hashes = context_hashes(data, positions, self.order - 1)
+        for n, h in enumerate(hashes, 1):
+            if n in self.orders:
+                context = self.counts[n].find(h[row])
                 row = row[context >= 0]  # an unknown context stays unknown when it grows
                 found.append((n, row, context[context >= 0]))
         return found
@@ -445,12 +382,12 @@ class NGram:
 
     def generate(self, prompt=b"", length=1000, temperature=0.8, seed=0):
         """Continue prompt by `length` bytes, or to the end of the story. -> bytes, prompt included
-        temperature: 1 samples what the model predicts, less prefers the likely, 0 the likeliest."""
+        temperature: 1 samples what the model predicts, less prefers the likely."""
         rng = np.random.default_rng(seed)
         text = np.frombuffer(bytearray(prompt) + bytes(length), np.uint8)
         for i in range(len(prompt), len(text)):
             p = self.probs(text, [i])[0].astype(np.float64)
-            p = (p / p.max()) ** (1 / max(temperature, 1e-9))
+            p = (p / p.max()) ** (1 / temperature)
             text[i] = rng.choice(256, p=p / p.sum())
             if text[i] == END:
                 return text[:i].tobytes()
@@ -478,24 +415,18 @@ def mixture_weights(p):
 
 # ---- 5. To see it work ---------------------------------------------------------------------------
 
-SWEEP = list(product(SMOOTHINGS[:2], (2, 4)))
-SWEEP += product(SMOOTHINGS[2:6], (3, 6, 12))
-SWEEP += product(SMOOTHINGS[6:], (2, 3, 4, 6, 8, 12, 16))
-
-
 def compare(text, kinds):
     """Count text.train with each (smoothing, order), score text.valid. -> the best model"""
     best_bits = np.inf
-    print("   bpb  seconds  predictions/s  million n-grams  order  smoothing")
+    print("   bpb  seconds  predictions/s  order  smoothing")
     for smoothing, order in kinds:
         began = time.perf_counter()
         model = NGram(order, smoothing).fit(text.train)
         counted = time.perf_counter()
         bits = model.bits_per_byte(text.valid)
         speed = len(text.valid) / (time.perf_counter() - counted)
-        grams = sum(len(counts.byte) for counts in model.counts.values()) / 1e6
-        print(f"{bits:6.4f}  {counted - began:7.1f}  {speed:13,.0f}  {grams:15.2f}  "
-              f"{order:5}  {smoothing}", flush=True)
+        seconds = counted - began
+        print(f"{bits:6.4f}  {seconds:7.1f}  {speed:13,.0f}  {order:5}  {smoothing}", flush=True)
         if bits <= best_bits:
             best = model
             best_bits = bits
@@ -504,41 +435,30 @@ def compare(text, kinds):
     print(f"\nthe best, order {best.order}, {best.smoothing}, in bits per byte:")
     print(f"{best.bits_per_byte(text.train, some):.4f} on the text it counted, reciting")
     print(f"{left_out:.4f} on the same, each occurrence left out of the counts")
-    print(f"{best_bits:.4f} on text it has not seen; peak memory {peak_memory() / 1e6:,.0f} MB")
+    print(f"{best_bits:.4f} on text it has not seen\n")
     return best
 
 
 def main():
     parser = argparse.ArgumentParser(
         description="Count n-grams of bytes, score them on text they have not seen, write a story.",
-        epilog="example: python ngram.py --data stories.txt --orders 2 4 8 12",
-        usage="python ngram.py [options]", allow_abbrev=False)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+        epilog="example: python ngram.py --data stories.txt --orders 2 4 8 12")
     add = parser.add_argument
-    usual = [1, 2, 3, 4, 6, 8, 12]
-    order = number(int, 1, LONGEST)
-    add("--orders", type=order, nargs="+", default=usual, metavar="N",
-        help="(default: 1 2 3 4 6 8 12)")
-    add("--smoothing", choices=SMOOTHINGS, default=SMOOTHINGS[-1], help="(default: %(default)s)")
-    add("--sweep", action="store_true", help=f"{len(SWEEP)} models of all kinds instead")
-    add("--prompt", default="Once upon a time", help="begins the story (default: %(default)s)")
-    add("--temperature", type=number(float, 0, 100), default=0.8,
-        help="0: always the likeliest byte; 1: as predicted (default: %(default)s)")
-    add("--seed", type=number(int, 0), default=1, help="(default: %(default)s)")
+    add("--orders", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8, 12], help="to compare")
+    add("--smoothing", choices=SMOOTHINGS, nargs="+", default=SMOOTHINGS[-1:], help="to compare")
+    add("--prompt", default="Once upon a time", help="begins the story")
+    add("--seed", type=int, default=1, help="of the story")
     add_arguments(parser)
     args = parser.parse_args()
-    text = text_from(args)
+    text = load(args)
     print(f"{text.source}: {len(text.train):,} bytes to count, {len(text.valid):,} to score\n")
-    kinds = [(args.smoothing, order) for order in args.orders]
-    if args.sweep:
-        kinds = SWEEP
-    model = compare(text, kinds)
-    prompt = encode(os.fsencode(args.prompt)).tobytes()
-    story = model.generate(prompt, 800, args.temperature, args.seed)
-    story = decode(as_array(story)).decode("utf-8", "replace")
-    print("\n" + printable(story.strip()))
+    model = compare(text, product(args.smoothing, args.orders))
+    story = model.generate(os.fsencode(args.prompt), 800, 0.8, args.seed)
+    print(printable(story.decode("utf-8", "replace")))
 
 
 if __name__ == "__main__":  # only the script needs data.py
-    from data import add_arguments, decode, encode, number, peak_memory, printable, run, text_from
+    from data import add_arguments, load, printable, run
 
     run(main)
