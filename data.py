@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 SEPARATOR = b"<|endoftext|>"  # stands between two stories in a file
 END = 0  # the byte that stands for SEPARATOR in memory: text has no other use for byte 0
+WORD = rb"[a-z'\x80-\xff]+"  # in lower case
 
 
 # ---- 1. Bytes and stories ------------------------------------------------------------------------
@@ -37,22 +38,15 @@ def split_stories(text):
 
 
 def split(text):
-    """(n,) uint8 -> text to learn from, held out: the last 5%, from an END on if one is near"""
-    at = int(0.95 * len(text))
-    end = text[:at].tobytes().rfind(b"\0") + 1
-    if end > 0.9 * len(text):
-        at = end
+    """(n,) uint8 -> text to learn from, text held out: the last stories, 5 to 10 %"""
+    end = text[: int(0.95 * len(text))].tobytes().rfind(b"\0") + 1
+    at = max(end, int(0.9 * len(text)))
     return text[:at], text[at:]
 
 
 # ---- 2. What a small model should read -----------------------------------------------------------
-# Five minutes are too short to learn all that stories do. A model that reads easy ones only learns
-# these well, and writes better stories for it, though it needs more bits for the hard ones, which
-# it would never write (README).
-
-WORD = rb"[a-z'\x80-\xff]+"
-
-
+# Five minutes are too short to learn all that stories do. A model that reads only easy ones learns
+# these well, and writes better for it, though it needs more bits for the hard ones (README).
 def difficulty(stories):
     """How hard is each story to read? list of bytes -> (stories,) float, bits a word
 
@@ -61,8 +55,7 @@ def difficulty(stories):
     seen: see ngram.py.) Pairs that were met once or never have 12 bits.
 
     >>> difficulty([b"The dog ran. The dog sat.", b"The dog ran.", b"A mauve dog mused."]).round(1)
-    array([ 5.3,  1. , 12. ])
-    """
+    array([ 5.3,  1. , 12. ])"""
     first = Counter()
     pairs = Counter()
     for story in stories[:12_500]:
@@ -76,8 +69,7 @@ def difficulty(stories):
     means = []
     for story in stories:
         words = re.findall(WORD, story.lower())
-        surprisals = [bits.get(pair, 12.0) for pair in zip(words, words[1:])] or [12.0]
-        means.append(sum(surprisals) / len(surprisals))
+        means.append(np.mean([bits.get(pair, 12) for pair in zip(words, words[1:])] or [12]))
     return np.array(means)
 
 
@@ -91,8 +83,7 @@ def easiest(text, part):
 
 
 # ==================================================================================================
-# You may stop reading here. What follows gets the text: files, a download, options. The subject
-# goes on in ngram.py.
+# You may stop reading here. What follows gets the text. The subject goes on in ngram.py.
 # ==================================================================================================
 
 
@@ -133,11 +124,8 @@ def read(paths, limit=-1):
     """Files of text, `limit` bytes of each -> (n,) uint8, END between them. Raises Problem."""
     contents = []
     for path in [path for name in paths for path in sorted(glob.glob(str(name))) or [name]]:
-        try:
-            with open(path, "rb") as file:  # binary: no encoding to get wrong
-                content = file.read(limit)
-        except OSError as error:
-            raise Problem(f"cannot read {path}: {error.strerror}; name another file") from None
+        with open(path, "rb") as file:  # binary: no encoding to get wrong
+            content = file.read(limit)
         content = content.removeprefix(b"\xef\xbb\xbf")  # UTF-8's byte order mark
         if sum(byte < 8 or 13 < byte < 27 for byte in content[:9999]) > 200:  # control characters
             raise Problem(f"{path} seems to be binary or UTF-16: save it as UTF-8 text")
@@ -153,25 +141,18 @@ def read(paths, limit=-1):
 
 def save(path, content):
     """Write bytes so that `path` is the whole old file or the whole new one, whatever happens."""
-    temporary = f"{path}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        wrong = f"cannot write {path}: {error.strerror}"
-        raise Problem(f"{wrong} (what could be written is in {temporary})") from None
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+    os.replace(f"{path}.tmp", path)
 
 
-URL = ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
-       "TinyStoriesV2-GPT4-train.txt")
+HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 
 
 def download(url, path, want):
-    """Fetch the first `want` bytes of url into `path`, cut after the last whole story: the whole
-    file or none. -> whether a server was there. Raises Problem if anything else fails."""
-    notice(f"downloading {want / 1e6:g} MB from {url}")
+    """Fetch the first `want` bytes of url into `path`, cut after the last whole story. -> whether a
+    server was there. Raises Problem if anything else fails, and leaves no file."""
     request = urllib.request.Request(url, headers={"Range": f"bytes=0-{want - 1}"})
     content = bytearray()
     try:
@@ -216,7 +197,6 @@ def invent(count=15000, seed=0):
 # ---- 4. The command ------------------------------------------------------------------------------
 
 KEEP = 0.33  # the part of TinyStories that is read by default, the easiest
-
 Text = namedtuple("Text", "train valid source waited")
 
 
@@ -225,41 +205,32 @@ def load(args, least=2):
     from, (m,) uint8 held out, where they come from, seconds of download. Raises Problem."""
     began = time.monotonic()
     files = args.data
-    keep = args.keep or 1
-    source = "your text"
     if not files:
-        keep = args.keep or KEEP
-        source = "TinyStories"
         path = os.path.join("cache", f"tinystories-{args.megabytes:g}MB.txt")
-        url = os.environ.get("TINY_URL", URL)
+        url = os.environ.get("TINY_URL", f"{HUB}/TinyStoriesV2-GPT4-train.txt")
         if os.path.exists(path) or download(url, path, int(1e6 * args.megabytes)):
             files = [path]
     waited = time.monotonic() - began
     if files:
+        source = ", ".join(map(str, files[:3]))
         train = read(files, int(1e6 * args.megabytes))
     else:
+        source = "made-up stories"
+        train = encode(invent())
         notice("no network: using stories made from a template. They show that all works, but "
                "SCORES ON THEM MEAN NOTHING. Name a text of your own: --data FILE")
-        train = encode(invent())
     if args.valid:
         held_out = read(args.valid, int(1e6 * args.megabytes))
     else:
         train, held_out = split(train)
+    keep = args.keep or (1 if args.data else KEEP)
     if keep < 1:
         source += f", the easiest {keep:.0%}"
         train = easiest(train, keep)
     if len(train) < least or len(held_out) < 64:
-        raise Problem(f"{len(train):,} bytes to learn from and {len(held_out):,} held out are too "
-                      f"few: {least:,} and 64 are needed; give more with --data or --valid")
+        raise Problem(f"too little text: {len(train)} bytes to learn from, {len(held_out)} held "
+                      f"out; {least} and 64 are needed")
     return Text(train, held_out, source, waited)
-
-
-def positive(text):
-    """A `type=` for argparse: a number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
 
 
 def add_arguments(parser):
@@ -267,8 +238,8 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--data", nargs="+", metavar="FILE", help="text to learn from, instead of TinyStories")
     add("--valid", nargs="+", metavar="FILE", help="text held out, instead of the last 5%%")
-    add("--megabytes", type=positive, default=100, help="how much to use, and to download")
-    add("--keep", type=positive, help=f"the part to read, the easiest: {KEEP}, of --data all")
+    add("--megabytes", type=float, default=100, help="how much to use, and to download")
+    add("--keep", type=float, help=f"the part to read, the easiest: {KEEP}, of --data all")
 
 
 def main():
@@ -280,9 +251,9 @@ def main():
     print(f"{text.source}: {len(text.train):,} bytes to learn from, {len(text.valid):,} held out")
     stories = split_stories(text.valid)
     bits = difficulty(stories)
-    for name, i in [("easiest", bits.argmin()), ("hardest", bits.argmax())]:
-        print(f"\nthe {name} story held out, {bits[i]:.1f} bits a word:\n")
-        print(printable(stories[i][:1000].decode("utf-8", "replace")))
+    for i in (bits.argmin(), bits.argmax()):
+        story = stories[i][:1000].decode("utf-8", "replace")
+        print(f"\n{bits[i]:.1f} bits a word:\n{printable(story)}")
 
 
 if __name__ == "__main__":

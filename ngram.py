@@ -2,9 +2,7 @@
 
 By the end of section 2 you know how a language model is made by counting alone, why it must keep
 some probability for what it has never seen, and why Kneser-Ney asks "after how many different
-bytes?" instead of "how often?". The one command:
-
-    python ngram.py --data stories.txt   counts, scores several orders, writes a story
+bytes?" instead of "how often?". `python ngram.py` counts, scores several orders, writes a story.
 
 Terms (Chen & Goodman, "An empirical study of smoothing techniques for language modeling", 1999):
 an *n-gram* is n bytes in a row. Its last byte is the *follower* w, the n-1 bytes before it are the
@@ -51,7 +49,6 @@ SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "a
 
 class Textbook:
     """An n-gram model made of dictionaries. Slow and short; the tests hold NGram against it."""
-
     def __init__(self, text, order, smoothing, constants=None, left_out=None):
         """Count text (bytes). constants: for each order what `smooth` needs; None: estimated.
 
@@ -163,8 +160,7 @@ def continuation_counts(longer):
     ...     p = Textbook(text, 3, smoothing).distribution(b"big ", 4)
     ...     print(f"{smoothing:10}   F {p[ord('F')]:.2f}   d {p[ord('d')]:.2f}")
     absolute     F 0.22   d 0.22
-    kneser-ney   F 0.03   d 0.28
-    """
+    kneser-ney   F 0.03   d 0.28"""
     return Counter((context[1:], byte) for context, byte in longer)
 
 
@@ -175,13 +171,9 @@ def continuation_counts(longer):
 
 
 # ---- 3. Contexts as numbers ----------------------------------------------------------------------
-# Further axes: N positions asked about, R of them with a context that is known.
-#
-# The context of t bytes before position i becomes one 64-bit number, as in Horner's rule:
-#
-#     hash = sum over s = 1 ... t of (data[i-s] + 1) * ODD^s      modulo 2^64
-#
-# One byte more is one term more. Taking the farthest byte away again is one subtraction.
+# Further axes: N positions asked about, R of them with a context that is known. The t bytes before
+# position i become one number, their hash: the sum of (data[i-s] + 1) * ODD^s for s = 1 ... t,
+# modulo 2^64. A byte more is a term more, a byte less a subtraction.
 
 ODD = 6364136223846793005  # Knuth's, for MMIX; odd, so that multiplying mod 2^64 loses nothing
 
@@ -229,7 +221,6 @@ def one_of_each(keys):
 
 class Counts:
     """The n-grams of one order, sorted: the followers of a context stand side by side."""
-
     def __init__(self, events):
         """events: (n,) uint64, drawn in `NGram.fit`. Sorted in place."""
         events.sort()
@@ -266,9 +257,7 @@ SLICE = 1 << 14  # how many positions are worked on at a time
 
 
 class NGram:
-    """A counting language model. smoothing: one of SMOOTHINGS; order: at least 1. data is bytes
-    or (n,) uint8 everywhere, with END (0) between stories. It needs this file and numpy alone."""
-
+    """A counting language model. data is bytes or (n,) uint8 everywhere, END between stories."""
     def __init__(self, order=12, smoothing="modified-kneser-ney"):
         if order < 1 or smoothing not in SMOOTHINGS:
             raise ValueError(f"order must be at least 1, smoothing one of {', '.join(SMOOTHINGS)}")
@@ -284,9 +273,9 @@ class NGram:
         An *event* is one time that a byte is counted after a context. At the highest order each
         position is one. As a number: [56 bits: hash of the context | 8 bits: the follower].
         `Counts` sorts these numbers: equal n-grams then stand together, and the length of a run is
-        the count. Before that, for Kneser-Ney, `one_of_each` sorts a copy, to keep one event of
-        each *different* n-gram for the next order. Counting the shorter n-grams in what is kept
-        gives exactly their continuation counts, from fewer events at each order."""
+        the count. Before that, for Kneser-Ney, `one_of_each` keeps one event of each *different*
+        n-gram for the next order: the shorter n-grams' counts in these are their continuation
+        counts, from fewer events at each order."""
         data = as_array(data)
         if len(data) == 0:
             raise ValueError("nothing to count: the text is empty")
@@ -309,18 +298,13 @@ class NGram:
         return self
 
     def probs(self, data, positions, leave_one_out=False):
-        """The distribution of the byte at each position, by those before. -> (N, 256) float32
-        positions: (N,) integers from 0 to n, where n asks for the byte after the last.
-        leave_one_out: data is the text that was counted, which the model would only recite. Answer
-        as if the n-gram that ends at the position had not been counted."""
-        data = as_array(data)
-        if len(data) == 0:
-            data = np.array([END], np.uint8)  # stands for the END before the text
+        """The distribution of the byte at each position, by those before. positions: (N,) integers
+        from 0 to n, where n asks for the byte after the last -> (N, 256) float32. leave_one_out:
+        data was counted: answer as if the n-gram that ends at the position had not been."""
+        data = np.append(as_array(data), np.uint8(END))  # so that it is not empty
         positions = np.asarray(positions, np.int64)
         # The formula of section 1, unrolled. For orders 1 to 3 it is
-        #
         #     p_3 = given_3 + left_3 * (given_2 + left_2 * (given_1 + left_1 / 256))
-        #
         # with given_n = (count - discount) / denominator and left_n = handed / denominator. So go
         # from the longest context down, and multiply what each order gives by all left_n before.
         left = np.ones(len(positions))  # (N,) the product of the left_n so far
@@ -367,7 +351,7 @@ class NGram:
         return found
 
     def bits_per_byte(self, data, positions=None, leave_one_out=False):
-        """The mean of -log2 p(byte) over the positions, by default all. -> float, bits per byte"""
+        """The mean of -log2 p(byte) over the positions, by default all. -> bits per byte"""
         data = as_array(data)
         if positions is None:
             positions = np.arange(len(data))
@@ -396,15 +380,11 @@ class NGram:
 
 def mixture_weights(p):
     """p (n, models): the probability each model gave to each target -> (models,): the weights with
-    which their mixture makes the targets likeliest, sum 1.
-    Expectation maximisation (Dempster, Laird & Rubin 1977): a model's new weight is the share of
-    the targets that probably came from it. When no weight grows by more than 1e-5 of itself, the
-    mean log-likelihood is within 1e-5 of the best there is (Cover 1984)."""
-    p = np.asarray(p, np.float64)
+    which their mixture makes the targets likeliest, sum 1. Expectation maximisation (Dempster,
+    Laird & Rubin 1977): a model's new weight is the share of the targets that probably came from
+    it, until the mean log-likelihood is within 1e-5 of the best there is (Cover 1984)."""
     weights = np.full(p.shape[1], 1 / p.shape[1])
-    p = p[p.max(axis=1) > 0]  # what all models call impossible says nothing about them
-    if len(p) == 0:
-        return weights
+    p = np.maximum(p, 1e-12)
     for _ in range(20_000):
         growth = (1 / (p @ weights)) @ p / len(p)
         weights *= growth
@@ -413,20 +393,15 @@ def mixture_weights(p):
     return weights / weights.sum()
 
 
-# ---- 5. To see it work ---------------------------------------------------------------------------
-
 def compare(text, kinds):
-    """Count text.train with each (smoothing, order), score text.valid. -> the best model"""
     best_bits = np.inf
-    print("   bpb  seconds  predictions/s  order  smoothing")
+    print("   bpb  seconds  order  smoothing")
     for smoothing, order in kinds:
         began = time.perf_counter()
         model = NGram(order, smoothing).fit(text.train)
-        counted = time.perf_counter()
+        seconds = time.perf_counter() - began  # of counting
         bits = model.bits_per_byte(text.valid)
-        speed = len(text.valid) / (time.perf_counter() - counted)
-        seconds = counted - began
-        print(f"{bits:6.4f}  {seconds:7.1f}  {speed:13,.0f}  {order:5}  {smoothing}", flush=True)
+        print(f"{bits:6.4f}  {seconds:7.1f}  {order:5}  {smoothing}", flush=True)
         if bits <= best_bits:
             best = model
             best_bits = bits

@@ -1,8 +1,7 @@
 """Read stories from a trained model, fuse it with simpler models, find out which stories are good.
 
-By the end you know how other models can be mixed in when the next byte is predicted (fusion), and
-how stories can be evaluated: by counting what goes wrong (a rubric), or by someone who does not
-know which model wrote which story (a blind judge). The commands:
+You will know how other models are mixed in at generation (fusion), and how stories are judged: by
+counting what goes wrong (a rubric), or by someone who does not know whose they are (a blind judge).
 
     python sample.py --prompt "One day, a cat" --n 3        stories
     python sample.py --score out+ngram+knn+cache            bits per byte, alone and fused
@@ -10,12 +9,11 @@ know which model wrote which story (a blind judge). The commands:
     python sample.py --judge out mine.txt                   pairs of stories for a blind judge
     python sample.py --tally answers.txt                    which run the judge preferred
 
-A RUN is a folder that tiny.py wrote ("out"), the same with heads fused in ("out+ngram+cache"), the
-counting model alone ("ngram"), the validation stories ("real"), or a text file of stories.
+A RUN is a folder of tiny.py ("out"), the same with heads fused in ("out+ngram+cache"), the counting
+model ("ngram"), the validation stories ("real"), or a text file of stories.
 
 Axes: B positions side by side, P earlier positions in the window, C the model's width, R recent
-bytes of the text, M entries of the datastore, k neighbors, 256 byte values.
-"""
+bytes of the text, M entries of the datastore, k neighbors."""
 import argparse
 import codecs
 import functools
@@ -48,11 +46,10 @@ NEIGHBORS = 64  # entries of it that vote
 KNN_TEMPERATURE = 8.0  # of squared distances; a state has a squared length of C
 CACHE_SCALE = 0.25  # of dot products
 
-
 class Moment(NamedTuple):
     """All that a head may look at before it predicts the next byte."""
     state: torch.Tensor  # (B, C) from which the transformer predicts it
-    past: torch.Tensor  # (B, P, C) the states at bytes of the context, of which `followed` says
+    past: torch.Tensor  # (B, P, C) the states at earlier bytes of the context
     followed: torch.Tensor  # (B, P) int64, the byte after each, or -1 if it may not be seen
     recent: np.ndarray  # (B, R) uint8, the last R bytes of the text, END before its beginning
 
@@ -70,10 +67,8 @@ def ngram_head(moment, ngram):
 def knn_head(moment, keys, values):
     """What followed the most similar moments of the training text (Khandelwal et al. 2020).
 
-    keys (M, C), values (M,) int64, the bytes that followed. Similar means near in state. The search
-    is exact, one matrix product: for a state a and a key b, |a - b|^2 = |a|^2 - 2ab + |b|^2, and
-    |a|^2, the same for all keys, changes neither their order nor their shares.
-    """
+    keys (M, C): states; values (M,) int64: the bytes that followed. Similar means near: for a state
+    a and a key b, |a - b|^2 = |a|^2 - 2ab + |b|^2, and |a|^2 is the same for all keys."""
     distance = torch.addmm(keys.square().sum(1), moment.state, keys.T, alpha=-2)  # (B, M)
     near, index = distance.topk(min(NEIGHBORS, len(keys)), largest=False)  # (B, k)
     return vote(F.softmax(-near / KNN_TEMPERATURE, -1), values[index])
@@ -88,10 +83,8 @@ def cache_head(moment):
 
 
 def vote(share, byte):
-    """Give each byte the shares of those who name it. share, byte (B, k) -> (B, 256)
-
-    1 %, and whatever was not given away, is spread over all bytes: nothing is impossible.
-    """
+    """Give each byte the shares of those who name it. share, byte (B, k) -> (B, 256). 1 %, and
+    what was not given away, is spread over all bytes: nothing is impossible."""
     p = share.new_zeros(len(share), 256)
     p.scatter_add_(1, byte, 0.99 * share)
     return p + (1 - p.sum(1, keepdim=True)) / 256
@@ -101,19 +94,14 @@ def vote(share, byte):
 
 class Fusion:
     """p = the sum of weight x head, the transformer's own prediction first among them. (Shallow
-    fusion usually adds logarithms; this is linear interpolation of probabilities.)
-
-    Each head knows something that the others do not, so the mixture needs fewer bits. The plain
-    transformer's sentences get better then, but its stories lose their thread (README). Our
-    reading: about two thirds of the mixture are the n-gram. It knows better which letters come
-    next, and that is most of the bits. After a dozen bytes it no longer knows whom the story is
-    about, but that costs few bits.
-    """
+    fusion usually adds logarithms; this is linear interpolation of probabilities.) Each head knows
+    something that the others do not, so the mixture needs fewer bits. But about two thirds of it
+    are the n-gram. It knows better which letters come next, and that is most of the bits; after a
+    dozen bytes it no longer knows whom the story is about, but that costs few bits."""
     NAMES = ("ngram", "knn", "cache")
 
     def __init__(self, model, names, ngram=None, text=None):
-        """names: of the heads beside the transformer, some of NAMES. ngram, an NGram, and text,
-        (n,) uint8, for the kNN datastore: for the heads that need them."""
+        """names: of the heads, some of NAMES; ngram: an NGram; text: (n,) uint8, for kNN"""
         self.model = model
         self.reach = 1  # R, how many recent bytes a head wants to see
         self.heads = {}
@@ -121,12 +109,16 @@ class Fusion:
             self.reach = ngram.order
             self.heads["ngram"] = functools.partial(ngram_head, ngram=ngram)
         if "knn" in names:
-            entries = [(moment.state, ids) for moment, ids, _ in self.moments(text[:DATASTORE])]
-            keys, values = map(torch.cat, zip(*entries))  # (M, C), (M,)
-            self.heads["knn"] = functools.partial(knn_head, keys=keys, values=values)
+            keys = []
+            values = []
+            for moment, target, _ in self.moments(text[:DATASTORE]):
+                keys.append(moment.state)
+                values.append(target)
+            store = dict(keys=torch.cat(keys), values=torch.cat(values))  # (M, C), (M,)
+            self.heads["knn"] = functools.partial(knn_head, **store)
         if "cache" in names:
             self.heads["cache"] = cache_head
-        self.weights = np.full(1 + len(self.heads), 1 / (1 + len(self.heads)))  # until `fit`
+        self.weights = np.ones(1 + len(self.heads)) / (1 + len(self.heads))  # until `fit`
 
     @torch.no_grad()
     def moments(self, text):
@@ -138,23 +130,22 @@ class Fusion:
             ids        a  b  |  c  d  e
             target     b  |  c  d  e  f
             followed  -1 -1  c  d -1 -1   in the row of position 4, whose target is e
-            recent           |  c  d      in the same row, if R is 3
-        """
+            recent           |  c  d      in the same row, if R is 3"""
         padded = np.concatenate((np.full(self.reach, END, np.uint8), text))
         recent = np.lib.stride_tricks.sliding_window_view(padded, self.reach)  # [i]: before text[i]
-        for ids, at, scored in evaluation_windows(text, self.model.context, batch=1):
+        done = 0
+        for ids, scored in evaluation_windows(text, self.model.context, batch=1):
             log_p, states = self.model(ids)
             ids, target = ids[0, :-1], ids[0, 1:]
             position = torch.arange(len(ids))
             begin = torch.where(ids == END, position, 0).cummax(0).values  # of the story there
             t = scored[0].nonzero()  # (B, 1)
             visible = (position < t) & (position >= begin[t])  # (B, P): earlier, in the same story
-            yield Moment(
-                state=states[scored],
-                past=states.expand(len(t), -1, -1),  # the whole window, masked by `followed`
-                followed=torch.where(visible, target, -1),
-                recent=recent[at[scored].numpy()],
-            ), target[scored[0]], log_p[scored].exp()
+            past = states.expand(len(t), -1, -1)  # the whole window, masked by `followed`
+            followed = torch.where(visible, target, -1)
+            moment = Moment(states[scored], past, followed, recent[done : done + len(t)])
+            done += len(t)
+            yield moment, target[scored[0]], log_p[scored].exp()
 
     def target_probs(self, text):
         """What the transformer and each head gave to each byte of text. -> (n, 1 + heads)"""
@@ -171,76 +162,65 @@ class Fusion:
 
     def next_byte(self, ids):
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
-        window = ids[:, -self.model.context :]
-        _, states = self.model(F.pad(window, (0, 1)))
-        ended = (window == END).flip(1).cumsum(1).flip(1)  # how many END come there or later
-        followed = window.masked_fill(ended > 0, -1)[:, 1:]
-        recent = F.pad(ids, (self.reach, 0), value=END)[:, -self.reach :].to(torch.uint8).numpy()
-        moment = Moment(states[:, -1], states[:, :-1], followed, recent)
-        heads = [head(moment) for head in self.heads.values()]
+        # The END in front goes to the end: it stands for the byte that is asked about.
+        text = ids[0].roll(-1).numpy().astype(np.uint8)
+        *_, (moment, _, _) = self.moments(text[-self.model.context :])
+        last = Moment(*(x[-1:] for x in moment))
+        heads = [head(last) for head in self.heads.values()]
         p = torch.cat((self.model.next_byte(ids), *heads))  # (1 + heads, 256)
         return torch.from_numpy(self.weights).float()[None] @ p
 
 
 def split_validation(valid):
-    """-> the validation bytes that are scored, and as many others to learn the weights on: from
-    the middle or after 300 kB, since the prompts are taken from the first stories"""
+    """-> the bytes that are scored, and others to learn the weights on"""
     middle = min(300_000, len(valid) // 2)
     return valid[:middle][:100_000], valid[middle:][:100_000]
 
 
 # ---- 3. The rubric: what goes wrong, counted -----------------------------------------------------
-# Stories of different models are compared from the same prompts: the first five words of the same
-# validation stories. What goes wrong in them can be counted, row by row.
 
 LENGTH = 650  # bytes of a story that are looked at
 
 
-def words(text):
-    """A text's words in lower case."""
-    return re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
-
-
-def grams(items, n):
-    """All n items in a row, as tuples."""
-    return list(zip(*(items[i:] for i in range(n))))
+def grams(text, n):
+    """All n words in a row, in lower case, as tuples."""
+    words = re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
+    return list(zip(*(words[i:] for i in range(n))))
 
 
 class Reference:
     """What a training text, (n,) uint8, says of its language. names: words that are nearly always
-    capitalised inside a sentence; grams: its word 8-grams, as sorted hashes."""
-
+    capitalised inside a sentence; grams: hashes of its word 8-grams. The rubric's rows ask it; they
+    are functions (story, Reference) -> number, None where the story gives no occasion."""
     def __init__(self, text):
         inside = Counter()
         capitalised = Counter()
         hashes = []
         for story in split_stories(text):
             story = story.decode("utf-8", "replace")
-            hashes.append(np.array([hash(gram) for gram in grams(words(story), 8)], np.int64))
+            hashes.append(np.array([hash(gram) for gram in grams(story, 8)], np.int64))
             for word in re.findall(r"(?<=[a-z,] )[A-Za-z]{3,}", story):
                 inside[word.lower()] += 1
                 capitalised[word.lower()] += word[0].isupper()
         self.grams = np.unique(np.concatenate(hashes))
-        self.names = {word for word, n in capitalised.items() if n >= 5 and n > 0.9 * inside[word]}
+        self.names = set()
+        for word, count in capitalised.items():
+            if count >= 5 and count > 0.9 * inside[word]:
+                self.names.add(word)
 
     def names_of(self, text):
-        """The names in a text, in lower case."""
-        return {word.lower() for word in re.findall("[A-Z][a-z]+", text)} & self.names
+        found = re.findall("[A-Z][a-z]+", text)
+        return self.names.intersection(word.lower() for word in found)
 
-
-# Each row is a function (story, Reference) -> number, or None where the story gives no occasion.
-# Its docstring says what it catches and what it cannot.
 
 def doubled(story, ref):
-    """Words written twice and marks after a comma, per 1,000 words. Catches `got got` and `,,`; not
-    a thought that is said twice in other words, and a wanted "very very" it counts, too."""
+    """Words written twice and marks after a comma, per 1,000 words. Catches `got got` and `,,`."""
     twice = re.findall(r"\b([a-z]+) \1\b|[,;:]\s*[,.;:!?]", story.lower())
-    return 1000 * len(twice) / max(1, len(words(story)))
+    return 1000 * len(twice) / max(1, len(grams(story, 1)))
 
 
 def names_return(story, ref):
-    """Share of the names in the first third that come back in the last, %. Catches forgotten
-    heroes; not what they are doing there."""
+    """Share of the names in the first third that come back in the last, %. Catches lost heroes."""
     third = len(story) // 3
     first = ref.names_of(story[:third])
     if first:
@@ -248,53 +228,50 @@ def names_return(story, ref):
 
 
 def repeated_4(story, ref):
-    """Share of word 4-grams that the story has had before, %. Catches refrains and loops; real
-    stories have some, on purpose."""
-    found = grams(words(story), 4)
+    """Share of word 4-grams that the story has had before, %. Catches refrains and loops."""
+    found = grams(story, 4)
     if found:
         return 100 * (1 - len(set(found)) / len(found))
 
 
 def copied_8(story, ref):
-    """Share of word 8-grams that stand in the training text word for word, %. Catches recitation,
-    if far above real stories' share; not a plot retold in other words."""
-    found = [hash(gram) for gram in grams(words(story), 8)]
+    """Share of word 8-grams that stand in the training text, %. Catches recitation."""
+    found = [hash(gram) for gram in grams(story, 8)]
     if found:
         return 100 * np.isin(found, ref.grams).mean()
-
-
-ROWS = [doubled, names_return, repeated_4, copied_8]
 
 
 def rubric(stories, ref):
     """-> {name of row: (mean, standard error)} over a list of stories, nan where none counted."""
     table = {}
-    for row in ROWS:
+    for row in (doubled, names_return, repeated_4, copied_8):
         values = [row(story, ref) for story in stories]
-        values = [value for value in values if value is not None] or [math.nan]
-        table[row.__name__] = np.mean(values), np.std(values) / len(values) ** 0.5
+        values = [value for value in values if value is not None]
+        values = values or [math.nan]
+        error = np.std(values) / len(values) ** 0.5
+        table[row.__name__] = np.mean(values), error
     return table
 
 
 # ---- 4. The judge: somebody who does not know which story is whose -------------------------------
 
-CRITERIA = (
-    "Compare two short stories for small children. Judge grammar, creativity, consistency (do "
-    "persons and things stay who and what they are?) and plot (does one thing lead to the next, is "
-    "there a problem and an ending?). A story may be cut off at its end: do not mind. Which is "
-    "better? Write one line for each pair: 1, 2, or = if they are equally good.")
+CRITERIA = """Compare two short stories for small children. Judge grammar, creativity, consistency
+(do persons and things stay who and what they are?) and plot (does one thing lead to the next, is
+there a problem and an ending?). A story may be cut off at its end: do not mind. Which is better?
+Write one line for each pair: 1, 2, or = if they are equally good."""
 
 
 def blind_pairs(runs, stories, seed):
-    """Shuffle the stories of two runs, from the same prompts. stories: two lists of str -> list of
-    (first story, second story, which run, 0 or 1, the first is from)
-
-    Each run comes first in half of the pairs. The order depends on the runs' names as well: one
-    key does not give away another's."""
+    """Shuffle the stories of two runs, two lists of str from the same prompts -> list of (first
+    story, second story, which run, 0 or 1, the first is from). Each run comes first in half of the
+    pairs. The order depends on the runs' names: one key gives no other away."""
     rng = np.random.default_rng(zlib.crc32(f"{runs} {seed}".encode()))
     n = min(map(len, stories))
     first = rng.permutation(np.arange(n) % 2).tolist()
-    return [(stories[k][i], stories[1 - k][i], k) for i, k in zip(rng.permutation(n), first)]
+    pairs = []
+    for i, k in zip(rng.permutation(n), first):
+        pairs.append((stories[k][i], stories[1 - k][i], k))
+    return pairs
 
 
 def tally(first, answers):
@@ -321,9 +298,6 @@ def sign_test(wins, losses):
 # You may stop reading here. What follows finds the stories of a run and prints tables.
 # ==================================================================================================
 
-
-# ---- 5. Stories of a run, and the tables ---------------------------------------------------------
-
 def open_run(run, text):
     """ "out" or "out+ngram+cache" -> GPT, WordGPT or Fusion. Raises Problem."""
     out, *names = run.split("+")
@@ -343,10 +317,8 @@ def open_run(run, text):
 def stories_of(run, text, args):
     """Stories of a RUN, from the same prompts as all runs', cut to LENGTH. -> list of str"""
     real = split_stories(text.valid)
-    long = [story for story in real if len(story) > 200]
-    if len(long) >= args.n:
-        real = long
-    prompts = [re.match(rb"(\s*\S+){1,5}", story)[0][:60] for story in real[: args.n]]
+    prompts = [re.match(rb"(\s*\S+){1,5}", story)[0] for story in real[: args.n]]
+    prompts = [prompt[:60] for prompt in prompts]  # where there are no spaces a word may be long
     generator = torch.Generator().manual_seed(args.seed)  # one for all
     if os.path.isfile(run):
         stories = split_stories(data.read([run]))
@@ -365,7 +337,6 @@ def stories_of(run, text, args):
 
 
 def show_scores(run, text):
-    """Print the bits per byte of the transformer and each head alone, and of their mixture."""
     scored, _ = split_validation(text.valid)
     model = open_run(run, text)
     if not isinstance(model, Fusion):
@@ -377,17 +348,15 @@ def show_scores(run, text):
 
 
 def show_rubric(runs, text, args):
-    """Print what goes wrong in the stories of each run."""
     ref = Reference(text.train)
     tables = [rubric(stories_of(run, text, args), ref) for run in runs]
     print("mean ± standard error:", *runs, sep="  ")
-    for row in ROWS:
-        cells = ["{:5.1f} ± {:.1f}".format(*table[row.__name__]) for table in tables]
-        print(f"{row.__name__:14}", *cells, sep="  ")
+    for row in tables[0]:
+        cells = ["{:5.1f} ± {:.1f}".format(*table[row]) for table in tables]
+        print(f"{row:14}", *cells, sep="  ")
 
 
 def write_pairs(runs, text, args):
-    """Write the shuffled pairs for a judge, and apart from them the key."""
     pages = [CRITERIA]
     pairs = blind_pairs(runs, [stories_of(run, text, args) for run in runs], args.seed)
     for number, (first, second, _) in enumerate(pairs, 1):
@@ -399,14 +368,10 @@ def write_pairs(runs, text, args):
 
 
 def show_tally(args):
-    """Print what the judge preferred."""
-    try:
-        with open(f"{args.pairs}.key") as file:
-            key = json.load(file)
-        with open(args.tally, errors="replace") as file:
-            answers = file.read().split()
-    except OSError as error:
-        raise Problem(f"cannot read {error.filename}: {error.strerror}") from None
+    with open(f"{args.pairs}.key") as file:
+        key = json.load(file)
+    with open(args.tally, errors="replace") as file:
+        answers = file.read().split()
     *wins, ties = tally(key["first"], answers)
     for run, score in zip(key["runs"], wins):
         print(f"{run}: {score}")
@@ -414,7 +379,6 @@ def show_tally(args):
 
 
 def tell(model, args):
-    """Print --n stories, each word as it comes."""
     prompt = os.fsencode(args.prompt)
     generator = torch.Generator().manual_seed(args.seed)
     for _ in range(args.n):
@@ -425,14 +389,11 @@ def tell(model, args):
         print("\n")
 
 
-# ---- 6. The command ------------------------------------------------------------------------------
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         usage="python sample.py [options]", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Let a trained model write stories, and evaluate them. A RUN is a folder of "
-                    'tiny.py, a folder with heads ("out+ngram+cache"), "ngram", "real" or a file.',
+        description='A RUN is a folder of tiny.py, "out+ngram+cache", "ngram", "real" or a file.',
         epilog='example: python sample.py --prompt "One day, a cat" --n 3 --temperature 0.7')
     add = parser.add_argument
     add("--out", default="out", metavar="RUN", help="whose stories")

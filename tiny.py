@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import END, Problem, notice, positive
+from data import END, Problem, notice
 from ngram import NGram
 
 
@@ -49,23 +49,19 @@ def norm(x):
 
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021). x (..., T, D); cos, sin (T, D/2) -> (..., T, D)
-
-    Each pair of numbers, j and j + D/2, is turned by an angle that grows with the position. The
-    product of a query and a key (see Attention) then depends on how far apart they are, not on
-    where they are. (GPT makes the angles.)
-    """
+    Each pair of numbers, j and j + D/2, is turned by an angle that grows with the position: the
+    product of two such vectors (see Attention) depends on how far apart they are, not on where."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    turned_a = a * cos + b * sin
+    turned_b = b * cos - a * sin
+    return torch.cat((turned_a, turned_b), dim=-1)
 
 
 class Attention(nn.Module):
     """Every position looks at those up to itself and gathers what they say (Vaswani et al. 2017).
-
     Each head makes three vectors of each position's vector: a query (what am I looking for?), a key
     (what am I?) and a value (what do I tell whoever finds me?). Softmax turns a query's products
-    with all keys into attention weights, and what the head finds is the values' weighted sum.
-    """
-
+    with all keys into attention weights, and what the head finds is the values' weighted sum."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -76,7 +72,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin):
         """x (B, T, C); cos, sin (T, D/2): see rotate -> (B, T, C)"""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, -1)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         # Normed queries and keys (Henry et al. 2020) cannot grow: the learning rate can be high.
         q = rotate(norm(q), cos, sin)
         k = rotate(norm(k), cos, sin)
@@ -85,10 +82,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: look around (attention), then think about what was found, each position on its own
-    (MLP; ReLU squared: So et al. 2021). Both are added to x (residual connections), so that a layer
-    only has to say what changes, and gradients flow straight through."""
-
+    """One layer: look around (attention), then think, each position on its own (MLP; ReLU squared:
+    So et al. 2021). Both are added to x (residual connections): a layer only has to say what
+    changes, and gradients flow straight through."""
     def __init__(self, width, heads):
         super().__init__()
         self.attention = Attention(width, heads)
@@ -98,19 +94,16 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin):
         x = x + self.attention(norm(x), cos, sin)  # (B, T, C)
-        hidden = F.relu(self.up(norm(x))).square()  # (B, T, 4 C)
+        hidden = self.up(norm(x))  # (B, T, 4 C)
+        hidden = F.relu(hidden).square()
         return x + self.down(hidden)
 
 
 class GPT(nn.Module):
     """A transformer over bytes: embed each byte, let the layers look around, predict the next.
-
-    width: a multiple of 2 x heads; context: the most bytes it can see at once.
-    """
-
+    width: a multiple of 2 x heads; context: the most bytes it can see at once."""
     def __init__(self, layers=3, heads=4, width=144, context=256):
         super().__init__()
-        self.config = [layers, heads, width, context]
         self.context = context
         self.embed = nn.Embedding(256, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -152,20 +145,13 @@ def pick(p, ids):
 
 # ---- 2. The model of words -----------------------------------------------------------------------
 # Layers over bytes cost much, and five minutes are too short to learn spelling by attention. So
-# here layers look at whole words, and everything smaller is left to a table. The whole is
-# `WordGPT`, at the end of this section; its docstring is the map.
-
+# here layers look at whole words, and everything smaller is left to a table: see `WordGPT`, last.
 # Which bytes belong to a word? ASCII letters, digits, the apostrophe, UTF-8 beyond ASCII. But the
-# first byte of a Chinese, Japanese or Korean character, 227 or more, stands for the spaces that are
-# missing there: the two bytes after it are a word.
+# first byte of a Chinese, Japanese or Korean character, 227 or more, stands for a space.
 LETTER = [bytes([b]).isalnum() or b == ord("'") or 128 <= b < 227 for b in range(256)]
+LETTER = torch.tensor(LETTER)  # (256,) bool
 ODD = 6364136223846793005  # Knuth's, for MMIX; odd, so that multiplying mod 2^64 loses nothing
 LONGEST_WORD = 24  # bytes of a word that its hash covers, and that a candidate has at most
-
-
-def is_letter(ids):
-    """ids, any shape, int64 -> bool of the same shape"""
-    return torch.tensor(LETTER, device=ids.device)[ids]
 
 
 def previous(x):
@@ -175,11 +161,9 @@ def previous(x):
 
 class Words(NamedTuple):
     """Where the words of a text are: `find_words`. For "Once she, wen", _ is a space:
-
         byte      O  n  c  e  _  s  h  e  ,  _  w  e  n
         typed     1  2  3  4  0  1  2  3  0  0  1  2  3
-        done      0  0  0  0  1  1  1  1  2  2  2  2  2     end  4  8     size  4  3
-    """
+        done      0  0  0  0  1  1  1  1  2  2  2  2  2     end  4  8     size  4  3"""
     typed: torch.Tensor  # (B, T) how many letters the word so far has, 0 at what is no letter
     prefix: torch.Tensor  # (B, T) the hash of these letters
     done: torch.Tensor  # (B, T) how many words are complete
@@ -190,20 +174,23 @@ class Words(NamedTuple):
 def find_words(ids):
     """ids (B, T) int64 -> Words. A text with fewer words than another has zeros in their place."""
     B, T = ids.shape
-    letter = is_letter(ids)
+    letter = LETTER.to(ids.device)[ids]
     # Horner's rule: a letter more makes the hash times ODD, plus that letter. All bytes do this
     # together; after n rounds each has the hash of the last n letters, or of its word so far.
     prefix = torch.zeros_like(ids)
     for _ in range(LONGEST_WORD):
         prefix = (previous(prefix) * ODD + ids + 1) * letter
     position = torch.arange(T, device=ids.device).expand(B, T)
-    typed = position - position.masked_fill(letter, -1).cummax(1).values
-    ends = ~letter & previous(letter) | (ids == END)  # an END ends a story's last word, if only ""
+    last_gap = position.masked_fill(letter, -1).cummax(1).values  # the last byte that is no letter
+    typed = position - last_gap
+    ends = ~letter & previous(letter)
+    ends = ends | (ids == END)  # an END ends a story's last word, if only ""
     done = ends.cumsum(1)
     row, at = ends.nonzero(as_tuple=True)
     end = ids.new_zeros(B, max(1, done.max()))
     end[row, done[row, at] - 1] = at
-    size = typed.gather(1, (end - 1).clamp(min=0)) * (end > 0)
+    size = typed.gather(1, (end - 1).clamp(min=0))
+    size = size * (end > 0)
     return Words(typed, prefix, done, end, size)
 
 
@@ -211,7 +198,6 @@ def find_words(ids):
 # the bytes ` wen`", "in a word that began `we`, after `she`", and so on. A context's row is its
 # hash, collisions and all (hashed n-gram embeddings, Svenstrup et al. 2017). Counting (ngram.py)
 # keeps up to 256 counts for each context; here it is C numbers, which mean whatever helps.
-
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes
 KINDS = len(GRAMS) + 4  # and four that are about words
 
@@ -228,19 +214,22 @@ def contexts(ids, words):
     # In "once she wen": `wen`; `wen` after `she`; `wen` after `once she`; `wen`, two words after
     # `once`. At the byte that ends a word, the byte stands for `wen`, and the word for `she`.
     so_far = torch.where(words.typed > 0, words.prefix, ids - 256)
-    complete = words.prefix.gather(1, (words.end - 1).clamp(min=0)) * (words.size > 0)  # (B, W)
+    complete = words.prefix.gather(1, (words.end - 1).clamp(min=0))  # (B, W)
+    complete = complete * (words.size > 0)
     complete = (complete ^ (complete >> 32)) * ODD  # or `ab` + `ba` would be `aa` + `bb`
     complete = F.pad(complete, (2, 0))  # two words that are empty stand before the first
     one = complete.gather(1, words.done + 1)
     two = complete.gather(1, words.done)
     pair = so_far * ODD + one
-    found += [so_far, pair, pair * ODD + two, so_far * ODD + two]
+    triple = pair * ODD + two
+    skip = so_far * ODD + two
+    found += [so_far, pair, triple, skip]
     kind = torch.arange(KINDS, device=ids.device) << 56  # the same bytes in another kind differ
-    return (torch.stack(found, -1) + kind) * ODD  # and ODD carries every bit to the highest ones
+    found = torch.stack(found, -1) + kind
+    return found * ODD  # this carries every bit to the highest ones
 
 
-COUNTER_BITS = 24  # the highest 24 bits of a hash say which of 2^24 counters is a context's own,
-#                    the highest 19 of these (by default) which of 2^19 rows
+COUNTER_BITS = 24  # of a hash, the highest, say which counter is a context's own; 19, which row
 
 
 class Memory(nn.Module):
@@ -255,7 +244,6 @@ class Memory(nn.Module):
     al. 2013). It is a filter, no proof, as counters are shared: after 14 MB of stories 41 % are in
     use, so as many of the contexts that are new pass. (With four times as many no score changes.)
     """
-
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS."""
         super().__init__()
@@ -269,13 +257,16 @@ class Memory(nn.Module):
 
     def forward(self, hashes):
         """hashes (..., K) int64 -> (..., C): the sum of the rows of the contexts that are known"""
-        hashes, shape = hashes.flatten(0, -2), hashes.shape[:-1]
-        counter = (hashes >> (64 - COUNTER_BITS)) & (2**COUNTER_BITS - 1)  # the highest bits
+        shape = hashes.shape[:-1]
+        hashes = hashes.flatten(0, -2)  # (B T, K)
+        counter = hashes >> (64 - COUNTER_BITS)  # the highest bits
+        counter = counter & (2**COUNTER_BITS - 1)  # without the sign
         learning = torch.is_grad_enabled()
         needed = 1
         if learning and not self.first_epoch:
             needed = 3
-        known = (self.count[counter] >= needed).to(self.table.dtype)  # (B T, K), 0 or 1
+        known = self.count[counter] >= needed
+        known = known.to(self.table.dtype)  # (B T, K), 0 or 1
         row = counter >> self.shift
         out = F.embedding_bag(row, self.table, mode="sum", per_sample_weights=known)
         if learning:
@@ -287,17 +278,18 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def step(self, lr):
-        """Learn from the gradient of the last look-up, if the loss was a mean over its positions.
+        """Learn from the gradient of the last look-up; the loss was a mean over its positions.
         Row-wise Adagrad (Duchi et al. 2011; one number per row: Naumov et al. 2019): the larger a
-        row's gradients have been, the smaller its steps: rare contexts learn fast, common ones
-        settle."""
+        row's gradients were, the smaller its steps. Rare contexts learn fast, common ones settle.
+        """
         counter, known, out = self.used
         gradient = out.grad * len(out)  # (B T, C); undo the mean
         square = gradient.square().mean(1)
         row = counter >> self.shift  # (B T, K)
         for k in range(row.shape[1]):
             self.squares.index_add_(0, row[:, k], known[:, k] * square)
-        rate = -lr * known * self.squares[row].rsqrt()
+        rate = self.squares[row].rsqrt()
+        rate = -lr * known * rate
         for k in range(row.shape[1]):
             self.table.index_add_(0, row[:, k], rate[:, k, None] * gradient)
         if self.first_epoch:
@@ -323,10 +315,7 @@ class Pointer(nn.Module):
         Tim    0.3             for the letter m
         head   0.5 x 0.02      for all bytes, as the head sees fit: 3 % of the sum
 
-    WordGPT.spell computes this for one word and every byte; `forward` here for every word of a
-    window and the byte that came.
-    """
-
+    WordGPT.spell computes this for one word, `forward` here for every word of a window."""
     def __init__(self, width):
         super().__init__()
         self.query = nn.Linear(width, width // 2 + 1, bias=False)  # one more: the sentinel's score
@@ -337,10 +326,12 @@ class Pointer(nn.Module):
         """The softmax over the sentinel and the words that are complete. states (B, T, C): of the
         bytes before a word, for the last T bytes; thoughts (B, W, C) -> (B, T, W + 1)"""
         query = self.query(states)
-        score = query[..., 1:] @ self.key(thoughts).mT / self.key.out_features**0.5  # (B, T, W)
+        key = self.key(thoughts)
+        score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, T, W)
         word = torch.arange(thoughts.shape[1], device=states.device)
         complete = word < words.done[:, -states.shape[1] :, None]
-        score = score.masked_fill(~complete | (words.size == 0)[:, None], -1e9)
+        complete = complete & (words.size > 0)[:, None]
+        score = score.masked_fill(~complete, -1e9)
         sentinel = query[..., :1] + 4  # + 4: at first as much as 55 words
         return torch.cat((sentinel, score), -1).softmax(-1)
 
@@ -351,18 +342,23 @@ class Pointer(nn.Module):
         typed = words.typed[:, :, None]  # (B, T + 1, 1)
         size = words.size[:, None]  # (B, 1, W)
         position = torch.arange(T + 1, device=typed.device)
-        before_word = (position - words.typed).clamp(0, T - 1)  # (B, T + 1)
+        before_word = position - words.typed
+        before_word = before_word.clamp(0, T - 1)  # (B, T + 1)
         share = self.shares(take(states, before_word), thoughts, words)  # (B, T + 1, W + 1)
         # Which words begin with the letters so far? Those with the same hash of as many letters.
-        there = (words.end[:, None] - size + typed - 1).clamp(0, T)  # (B, T + 1, W)
+        first = words.end[:, None] - size  # (B, 1, W)
+        there = (first + typed - 1).clamp(0, T)  # (B, T + 1, W)
         their_prefix = words.prefix.gather(1, there.flatten(1)).view_as(there)
-        alike = (their_prefix == words.prefix[:, :, None]) & (typed <= size)
-        fits = share[..., 1:] * (alike | (typed == 0))
+        alike = their_prefix == words.prefix[:, :, None]
+        alike = alike & (typed <= size) | (typed == 0)
+        fits = share[..., 1:] * alike
         # What the head gives to the letters so far: a difference of running sums of logarithms.
         total = F.pad(log_head, (1, 0)).cumsum(1)
-        log_spelled = share[..., 0].log() + total - total.gather(1, before_word)  # (B, T + 1)
+        log_spelled = total - total.gather(1, before_word)  # (B, T + 1)
+        log_spelled = log_spelled + share[..., 0].log()
         log_prefix = torch.logaddexp(log_spelled, log(fits.sum(-1)))  # P(prefix)
-        complete = log((fits * (typed == size)).sum(-1))[:, :-1] + log_head
+        complete = (fits * (typed == size)).sum(-1)
+        complete = log(complete)[:, :-1] + log_head
         letter = words.typed[:, 1:] > 0  # P(prefix + c), if c is one
         goes_on = torch.where(letter, log_prefix[:, 1:], log_spelled[:, :-1] + log_head)
         return torch.logaddexp(goes_on, complete) - log_prefix[:, :-1]
@@ -390,13 +386,9 @@ class WordGPT(GPT):
         bytes      embedding + memory ---------------------> scale, shift -> head -> pointer
                           | at the words' ends                  ^ of the last complete word
         words             +-> layer -> layer --> thoughts ------+
-
-    Nothing stops at the END between two stories: the model has to learn to ignore what was before.
     """
-
     def __init__(self, layers=2, heads=4, width=128, context=512, rows=2**19):
         super().__init__(layers, heads, width, context)
-        self.config.append(rows)
         self.memory = Memory(width, rows)
         self.film = nn.Linear(width, 2 * width, bias=False)
         nn.init.zeros_(self.film.weight)
@@ -406,7 +398,9 @@ class WordGPT(GPT):
         """The vectors of the last so many bytes: the embedding, and what the memory knows of their
         contexts. ids (B, T), Words -> (B, last, C)"""
         hashes = contexts(ids, words)[:, -last:]
-        return norm(self.embed(ids[:, -last:]) + self.memory(hashes))
+        x = self.embed(ids[:, -last:])
+        x = x + self.memory(hashes)
+        return norm(x)
 
     def look_around(self, ids):
         """-> Words; thoughts (B, W, C), what the layers say of each word; film (B, W + 1, 2 C), how
@@ -414,26 +408,26 @@ class WordGPT(GPT):
         words = find_words(ids)
         x = self.look_up(ids, words, ids.shape[1])  # (B, T, C)
         thoughts = self.think(take(x, words.end))
-        film = self.film(F.pad(thoughts, (0, 0, 1, 0)))
+        and_none = F.pad(thoughts, (0, 0, 1, 0))  # before the first word: zeros
+        film = self.film(and_none)
         scale, shift = take(film, words.done).chunk(2, -1)
         return words, thoughts, film, norm(x * (1 + scale) + shift)
 
     def forward(self, ids):
-        """How likely is each byte after the first? ids (B, T + 1) -> log_p (B, T), nats; the states
-        (B, T, C)"""
+        """As GPT.forward: ids (B, T + 1) -> log_p (B, T), the states (B, T, C)"""
         words, thoughts, _, states = self.look_around(ids)
         states = states[:, :-1]
         head = F.log_softmax(self.head(states).float(), -1)  # (B, T, 256)
-        return self.pointer(states, thoughts, words, pick(head, ids[:, 1:])), states
+        log_head = pick(head, ids[:, 1:])  # (B, T)
+        return self.pointer(states, thoughts, words, log_head), states
 
-    # When sampling, a candidate for the next word is some letters and the one byte that ends it. It
-    # completes no word before it ends. So while it is spelled, all that the layers say stays the
-    # same: `read` computes it once, `spell` needs no attention.
+    # When sampling, a candidate for the next word completes no word before it ends. So while it is
+    # spelled, all that the layers say stays the same: `read` computes it, `spell` has no attention.
 
     def read(self, ids):
-        """Read a text, ids (1, n) int64, up to the word that has begun. -> what spell wants: the
-        bytes read (1, T), Words, film (1, 1, 2 C) of the last word, share (W + 1,), the pointer's;
-        and the letters that have begun (1, t)"""
+        """Read a text, ids (1, n) int64, up to the word that has begun. -> what spell wants: bytes
+        (1, T), Words, film (1, 1, 2 C), share (W + 1,) of the pointer; and the letters begun (1, t)
+        """
         ids = ids.to(self.cos.device)
         begin = n = ids.shape[1]
         while begin > max(1, n - LONGEST_WORD) and LETTER[ids[0, begin - 1]]:
@@ -441,7 +435,8 @@ class WordGPT(GPT):
         seen = ids[:, max(0, begin - self.context) : begin]
         words, thoughts, film, states = self.look_around(seen)
         share = self.pointer.shares(states[:, -1:], thoughts, words)[0, 0]
-        return (seen, words, film[:, words.done[0, -1:]], share), ids[:, begin:]
+        film = film[:, words.done[0, -1:]]
+        return (seen, words, film, share), ids[:, begin:]
 
     def spell(self, reading, spelled):
         """What comes next in each candidate? spelled (N, t) int64: its t letters -> p (N, 256)"""
@@ -457,16 +452,19 @@ class WordGPT(GPT):
         first = (words.end - words.size)[0]  # (W,)
         last = seen.shape[1] - 1
         prefix = words.prefix[0, (first + t - 1).clamp(0, last)]
-        fits = (prefix == now.prefix[:, -1:]) & (words.size >= t) | (t == 0)  # (N, W)
+        fits = prefix == now.prefix[:, -1:]  # (N, W)
+        fits = fits & (words.size >= t) | (t == 0)
         following = seen[0, (first + t).clamp(max=last)]
         # What do the letters leave of the shares?
-        log_spelled = pick(head[:, :t], spelled).sum(1, keepdim=True)  # (N, 1)
-        left = torch.cat((log_spelled, log(fits.float())), 1) + share.log()
-        left = left.softmax(-1)  # (N, W + 1)
+        log_spelled = pick(head[:, :t], spelled)
+        log_spelled = log_spelled.sum(1, keepdim=True)  # (N, 1)
+        left = torch.cat((log_spelled, log(fits.float())), 1)
+        left = (left + share.log()).softmax(-1)  # (N, W + 1)
+        to_head, to_words = left.split([1, len(first)], 1)
         complete = words.size <= t  # (1, W)
-        to_head = left[:, :1] + (left[:, 1:] * complete).sum(1, keepdim=True)
+        to_head = to_head + (to_words * complete).sum(1, keepdim=True)
         p = to_head * head[:, -1].exp()  # (N, 256)
-        return p.index_add(1, following, left[:, 1:] * ~complete)
+        return p.index_add(1, following, to_words * ~complete)
 
     def next_byte(self, ids):
         """ids (1, n) int64 -> p (1, 256) of the byte after them"""
@@ -484,7 +482,9 @@ def choose(p, temperature=1.0, generator=None):
     what is likely; 0 takes the likeliest."""
     if temperature < 1e-6:  # dividing by less would overflow
         return p.argmax(-1)
-    p = F.softmax(p.double().log() / temperature, -1).nan_to_num(1.0)  # NaN: training diverged
+    log_p = p.double().log()
+    p = F.softmax(log_p / temperature, -1)
+    p = p.nan_to_num(1.0)  # NaN: training diverged
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
@@ -496,8 +496,8 @@ def next_word(model, ids, temperature, generator=None):
     have 0.08 each. Sharpened byte by byte, b (0.32) beats p (0.25), and the story goes on with a
     word that is not the likeliest. What we want is a word with a probability proportional to
     p(word)^(1/t), for a temperature t. Drawing several candidates from the model as it is gives
-    p(word); keeping one of them in proportion to p(word)^(1/t - 1) multiplies that to p(word)^(1/t)
-    (importance resampling, Rubin 1987; exact with infinitely many candidates)."""
+    p(word); keeping one in proportion to p(word)^(1/t - 1) makes that p(word)^(1/t) (importance
+    resampling, Rubin 1987; exact with infinitely many candidates)."""
     reading, begun = model.read(ids)
     spelled = begun.repeat(CANDIDATES, 1)  # (N, t)
     log_p = torch.zeros(CANDIDATES)  # of each candidate, nats
@@ -509,9 +509,10 @@ def next_word(model, ids, temperature, generator=None):
         spelled = torch.cat((spelled, byte[:, None].to(spelled.device)), 1)
         log_p += going * p.gather(1, byte[:, None])[:, 0].log()
         length += going
-        going &= is_letter(byte)
-    kept = choose((log_p * (1 / temperature - 1)).softmax(-1)[None], generator=generator)
-    return spelled[kept, begun.shape[1] :][0, : length[kept]].cpu()
+        going &= LETTER[byte]
+    chance = (log_p * (1 / temperature - 1)).softmax(0)  # (N,)
+    kept = choose(chance[None], generator=generator)[0]
+    return spelled[kept, begun.shape[1] :][: length[kept]].cpu()
 
 
 @torch.inference_mode()
@@ -542,14 +543,11 @@ LEAST = 250_000  # bytes; on a shorter text a run ends only after the steps that
 
 class Batches:
     """Windows of the text, in an order drawn anew for each epoch, and the teacher's view of them.
-
     They are drawn without replacement: all of the text is read before any of it is read again.
-    (Drawn with replacement, a third is still unseen when as much as all was read.)
-    """
-
+    (Drawn with replacement, a third is still unseen when as much as all was read.)"""
     def __init__(self, text, batch, context, seed, teacher=None):
         """text: (n,) uint8, n > context; teacher: an NGram that has counted it"""
-        self.text = np.concatenate((np.zeros(1, np.uint8), text))  # END before the first story
+        self.text = np.append(np.uint8(END), text)  # END before the first story
         self.batch = batch
         self.context = context
         self.seed = seed
@@ -561,20 +559,22 @@ class Batches:
         self.epoch = None
 
     def get(self, step, taught=False):
-        """-> ids (B, T + 1) int64; the teacher's distributions (B, T, 256) float32, or None
-
-        It depends on seed and step alone, so that a run can be resumed anywhere."""
-        epoch, place = divmod(step, self.per_epoch)
+        """-> ids (B, T + 1) int64; the teacher's distributions (B, T, 256) float32, or None. It
+        depends on seed and step alone, so that a run can be resumed anywhere."""
+        epoch = step // self.per_epoch
+        place = step % self.per_epoch * self.batch
         if epoch != self.epoch:
             self.epoch = epoch
             random = np.random.default_rng((self.seed, epoch))
             # Windows begin elsewhere in each epoch.
             first = random.integers(min(self.context, self.starts))
-            windows = random.permutation(np.arange(first, self.starts, self.context))
+            windows = np.arange(first, self.starts, self.context)
+            windows = random.permutation(windows)
             self.order = np.resize(windows, self.per_epoch * self.batch)  # repeats a few if needed
-        start = self.order[place * self.batch : (place + 1) * self.batch]  # (B,)
+        start = self.order[place : place + self.batch]  # (B,)
         position = start[:, None] + np.arange(self.context + 1)  # (B, T + 1)
-        ids = torch.from_numpy(self.text[position].astype(np.int64))
+        ids = self.text[position].astype(np.int64)
+        ids = torch.from_numpy(ids)
         if not taught:
             return ids, None
         # The teacher has counted this very text; asked plainly it would recite it: leave one out.
@@ -586,12 +586,10 @@ class Batches:
 
 def distillation_loss(log_p, target, teacher, weight):
     """(1 - weight) x cross-entropy to the target + weight x cross-entropy to the teacher's
-    distribution (Hinton et al. 2015). -> scalar, nats per byte (a nat is 1 / ln 2 bits)
-
+    distribution (Hinton et al. 2015). log_p (B, T, 256), nats; target (B, T) int64; teacher
+    (B, T, 256), probabilities -> scalar, nats per byte (a nat is 1 / ln 2 bits)
     One target says what came. The teacher's 256 probabilities say what else could have come and how
-    likely, so each position teaches more, as long as the student knows less than the teacher.
-    log_p (B, T, 256) nats, target (B, T) int64, teacher (B, T, 256) probabilities
-    """
+    likely, so each position teaches more, as long as the student knows less than the teacher."""
     hard = -pick(log_p, target).mean()
     soft = -(teacher * log_p).sum(-1).mean()
     return (1 - weight) * hard + weight * soft
@@ -603,6 +601,7 @@ MEMORY_RATE = 0.4
 DISTILL_WEIGHT = 0.6  # of the teacher in the loss, while it teaches
 LOOKS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1)  # progress at which to evaluate
 PROMPT = b"Once upon a time, there was a little"
+ORDER = 12  # of the n-gram that is counted first
 SAVE_EVERY = 60.0  # seconds
 
 
@@ -615,14 +614,8 @@ def make_optimizers(model):
     return [muon, adam]
 
 
-def schedule(progress):
-    """The factor for every peak learning rate: 1 for half the budget, then down to 0 in a straight
-    line. progress: 0 to 1. (How many steps fit into the budget is not known beforehand.)"""
-    return min(1.0, 2 * (1 - progress))
-
-
 def train_step(model, optimizers, ids, teacher, factor):
-    """One step. ids (B, T + 1); teacher (B, T, 256) or None; factor: of all learning rates.
+    """One step. ids (B, T + 1); teacher (B, T, 256) or None; factor: of all peak learning rates.
     -> loss, nats per byte"""
     ids = ids.to(model.cos.device)
     if teacher is None:
@@ -645,22 +638,22 @@ def train(args, start):
     """Train one model. start: the second at which the budget begins. -> the figures, a dict"""
     text = data.load(args, least=args.context + 1)
     start += text.waited  # seconds of download do not count
-    valid = text.valid[: int(min(300_000, 60_000 * args.minutes))]
+    validated = min(300_000, 60_000 * args.minutes)  # bytes
+    valid = text.valid[: int(validated)]
     say(f"{text.source}: {len(text.train):,} bytes to learn from, {len(valid):,} to validate on")
     teacher, ngram_bpb = count_ngram(args, text.train, valid)  # it tells the first story
-
     torch.manual_seed(args.seed)
-    model = new_model(args.plain, args.layers, args.heads, args.width, args.context)
-    model.to(args.device)
+    model = new_model(vars(args)).to(args.device)
     optimizers = make_optimizers(model)
     batches = Batches(text.train, args.batch, args.context, args.seed, teacher)
     state = dict(step=0, spent=0.0, next_look=LOOKS[0])  # what a checkpoint must hold
     run = Run(args, text, model, optimizers, state)  # saves; with --resume it restores, too
     if args.resume:
         start = time.monotonic() - state["spent"]  # setting up again was free
-    seconds = 60 * args.minutes - 2 * min(5, args.minutes)  # validating at the end takes some
+    reserve = 2 * min(5, args.minutes)  # seconds, for validating and saving at the end
+    seconds = 60 * args.minutes - reserve
 
-    with stop_signals() as stop, tqdm(total=100, unit="%", disable=None, leave=False) as bar:
+    with stop_signals() as stop, tqdm(total=100, disable=None, leave=False) as bar:
         while True:
             # The fraction of the budget that is spent. A run also ends when it has read its text
             # EPOCHS times, and with --steps it does not look at the clock at all.
@@ -673,10 +666,13 @@ def train(args, start):
             ids, distributions = batches.get(state["step"], taught=progress < args.distill)
             if not args.plain:
                 model.memory.first_epoch = state["step"] < batches.per_epoch
-            factor = args.rate * schedule(progress)
+            # Full speed for half the budget, then down to 0 in a straight line. (How many steps fit
+            # into the budget is not known beforehand.)
+            factor = args.rate * min(1.0, 2 * (1 - progress))
             train_step(model, optimizers, ids, distributions, factor)
             state["step"] += 1
-            bar.update(round(100 * progress) - bar.n)
+            done = round(100 * progress)
+            bar.update(done - bar.n)
             if progress >= state["next_look"]:
                 state["next_look"] = min(part for part in LOOKS if part > progress)
                 look(model, valid, state, args.seed)  # evaluate, continue PROMPT
@@ -685,55 +681,50 @@ def train(args, start):
         if stop:
             run.leave(stop[0])  # save, say how to go on, exit
         look(model, valid, state, args.seed)
-        facts = dict(val_bpb=round(evaluate(model, valid), 4), ngram_bpb=ngram_bpb,
-                     steps=state["step"], bytes_seen=state["step"] * batches.step_bytes)
+        bpb = round(evaluate(model, valid), 4)
+        facts = dict(val_bpb=bpb, ngram_bpb=ngram_bpb, steps=state["step"])
         return run.finish(facts, start)
 
 
 # ==================================================================================================
-# You may stop reading here. What follows is two known tools (evaluation, Muon) and what a program
-# owes its users: checkpoints, a safe Ctrl-C, options. The subject goes on in sample.py.
+# You may stop reading here. What follows is how bits are counted, a known optimizer, checkpoints, a
+# safe Ctrl-C and options. The subject goes on in sample.py.
 # ==================================================================================================
 
 
 # ---- 6. Bits per byte, and Muon ------------------------------------------------------------------
 
-def evaluation_windows(text, context, every=1, batch=16):
-    """Cut text, (n,) uint8, so that each byte is scored once, with at least half a context before
-    it if there is that much: windows overlap by half, and only their second half is scored (in the
-    first window, all). every: one window in `every`, for a quick look. Yields, b windows at a time,
-    ids (b, T + 1) int64; at (b, T): ids[:, 1:] is text[at]; scored (b, T) bool."""
+def evaluation_windows(text, context, batch=16):
+    """Cut text, (n,) uint8, so that each byte is scored once, and with at least half a context: the
+    windows overlap by half, and only their second half is scored (in the first window, all).
+    Yields ids (b, T + 1) int64; scored (b, T) bool, about ids[:, 1:]."""
     half = context // 2
-    padded = np.concatenate((np.zeros(1, np.uint8), text, np.zeros(context, np.uint8)))
+    padded = np.concatenate((np.zeros(1), text, np.zeros(context)))
     padded = torch.from_numpy(padded.astype(np.int64))
-    starts = torch.arange(0, max(1, len(text) - half), half)[::every]
+    starts = torch.arange(0, max(1, len(text) - half), half)
     for start in starts.split(batch):
         start = start[:, None]  # (b, 1)
-        at = start + torch.arange(context)
-        scored = (at < len(text)) & ((at >= start + half) | (start == 0))
-        yield padded[start + torch.arange(context + 1)], at, scored
+        at = start + torch.arange(context + 1)  # (b, T + 1)
+        scored = (at >= start + half) | (start == 0)
+        scored &= at < len(text)
+        yield padded[at], scored[:, :-1]
 
 
 @torch.no_grad()
-def evaluate(model, text, every=1):
+def evaluate(model, text):
     """Bits per byte of text, (n,) uint8: the mean of -log2 p(byte)."""
-    nats = 0.0
-    count = 0
-    for ids, _, scored in evaluation_windows(text, model.context, every):
+    found = []
+    for ids, scored in evaluation_windows(text, model.context):
         log_p, _ = model(ids.to(model.cos.device))
-        nats -= log_p.cpu()[scored].double().sum().item()
-        count += scored.sum().item()
-    return nats / count / math.log(2)
+        found.append(log_p.cpu()[scored])
+    nats = -torch.cat(found).double().mean().item()
+    return nats / math.log(2)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal (Jordan et al. 2024): every direction of a weight
-    matrix moves by the same amount, not only the few that dominate the gradient.
-
-    For the matrices inside a net; embeddings and the head are better off with Adam.
-    (torch.optim.Muon computes in bfloat16, which is very slow on CPUs without such units.)
-    """
-
+    matrix moves by the same amount, not only the few that dominate the gradient. For the matrices
+    inside a net. (torch.optim.Muon computes in bfloat16, which is slow on many CPUs.)"""
     def __init__(self, parameters, lr=0.02, momentum=0.95):
         super().__init__(parameters, dict(lr=lr, momentum=momentum))
 
@@ -746,18 +737,16 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(w)
                 # The running mean of the gradients, and Nesterov's look one step ahead of it.
                 momentum = state["momentum"].lerp_(w.grad, 1 - group["momentum"])
-                update = orthogonalize(w.grad.lerp(momentum, group["momentum"]))
+                ahead = w.grad.lerp(momentum, group["momentum"])
+                update = orthogonalize(ahead)
                 size = max(1, w.shape[0] / w.shape[1]) ** 0.5  # Jordan's, for tall matrices
                 w.sub_(update, alpha=group["lr"] * size)
 
 
 def orthogonalize(x):
-    """Push all singular values of a matrix x (r, c) towards 1 with five Newton-Schulz steps.
-
+    """Push all singular values of a matrix x (r, c) towards 1 with five Newton-Schulz steps:
     x -> a x + b (x x') x + c (x x')^2 x leaves the singular vectors alone and sends each singular
-    value s to a s + b s^3 + c s^5. With Jordan's coefficients five times that take nearly any s
-    between 0 and 1 to about 1.
-    """
+    value s to a s + b s^3 + c s^5, which with Jordan's a, b and c soon is about 1."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T  # the smaller product x x'
     x = x / (x.norm() + 1e-7)
@@ -767,7 +756,7 @@ def orthogonalize(x):
     return x
 
 
-# ---- 7. A run: its looks, checkpoints and end ----------------------------------------------------
+# ---- 7. A run and its options --------------------------------------------------------------------
 
 def say(words):
     """Print. That nobody can read it is no reason to stop a run."""
@@ -777,16 +766,13 @@ def say(words):
 
 
 def count_ngram(args, text, valid):
-    """Count an n-gram and let it tell the first story. A teacher must know all of the text; for a
-    baseline 3 MB a minute are enough, some 3 % of the time. -> NGram, its bits per byte"""
-    if args.order == 0:
-        return None, None
+    """Count an n-gram and let it tell the first story. -> NGram, its bits per byte"""
     counted = text
-    if args.distill == 0:
+    if args.distill == 0:  # only a teacher must know all of it
         counted = text[: int(min(15e6, 3e6 * max(1, args.minutes)))]
-    ngram = NGram(args.order).fit(counted)
+    ngram = NGram(ORDER).fit(counted)
     bpb = ngram.bits_per_byte(valid)
-    say(f"n-gram of order {args.order}, {len(counted):,} bytes counted: {bpb:.3f} bits per byte")
+    say(f"n-gram of order {ORDER}, {len(counted):,} bytes counted: {bpb:.3f} bits per byte")
     story = ngram.generate(PROMPT, 300, 0.8, args.seed)
     say(f"{story.decode('utf-8', 'replace')}\n")
     return ngram, round(bpb, 4)
@@ -795,26 +781,26 @@ def count_ngram(args, text, valid):
 def tell(model, prompt, length, seed):
     """A story, from random numbers of its own: it changes nothing in the training. -> str"""
     generator = torch.Generator().manual_seed(seed)
-    story = prompt + b"".join(generate(model, prompt, length, generator=generator))
+    told = generate(model, prompt, length, generator=generator)
+    story = prompt + b"".join(told)
     return story.decode("utf-8", "ignore")  # without a character that was cut off
 
 
 def look(model, valid, state, seed):
     """Evaluate on an eighth of the validation text, continue PROMPT, say what came out."""
-    bpb = evaluate(model, valid, every=8)
+    bpb = evaluate(model, valid[: len(valid) // 8])
     story = tell(model, PROMPT, 40, seed).replace("\n", " ")
     say(f"{state['spent']:6.1f} s  step {state['step']:6,}  {bpb:.3f} bits per byte | {story}")
 
 
 class Run:
-    """Where a run is saved, and how it goes on. options: what the run and one that resumes it must
-    have in common."""
-
+    """Where a run is saved, and how it goes on."""
     def __init__(self, args, text, model, optimizers, state):
         self.model = model
         self.optimizers = optimizers
         self.state = state
         self.saved = time.monotonic()
+        # What a run and the one that resumes it must have in common: all but
         free = ("resume", "out", "device", "data", "valid", "megabytes", "keep")
         self.options = {name: x for name, x in vars(args).items() if name not in free}
         self.options |= dict(text=zlib.crc32(text.train), valid=zlib.crc32(text.valid))
@@ -833,11 +819,9 @@ class Run:
         for optimizer, kept in zip(optimizers, content["optimizers"]):
             optimizer.load_state_dict(kept)
         state.update(content["state"])
-        say(f"going on with step {state['step'] + 1:,}")
 
     def save(self, finished=False):
-        """Write model.pt, a whole file or none. A full disk stops no training. -> whether it was
-        written"""
+        """Write model.pt, a whole file or none; a full disk stops no training. -> is it written?"""
         self.saved = time.monotonic()
         weights = self.model.state_dict()
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -845,25 +829,23 @@ class Run:
             optimizers = None
             for name in {"memory.table"} & weights.keys():  # most of the file
                 weights[name] = weights[name].half()  # this costs less than 0.0001 bits
-        content = dict(config=self.model.config, weights=weights, options=self.options,
-                       state=self.state, optimizers=optimizers)
+        content = dict(weights=weights, options=self.options, state=self.state,
+                       optimizers=optimizers)
         buffer = io.BytesIO()
         torch.save(content, buffer)
         try:
             data.save(os.path.join(self.out, "model.pt"), buffer.getbuffer())
             return True
-        except Problem as problem:
-            notice(problem)
+        except OSError as error:
+            notice(f"no checkpoint was written: {error}")
             return False
 
     def leave(self, number):
         """The run was asked to stop, by a signal: save it, say how to go on."""
         if self.save():
-            words = sys.argv[1:]
-            if "--resume" not in words:
-                words += ["--resume", self.out]
+            command = shlex.join([*sys.argv[1:], "--resume", self.out])
             say(f"\ninterrupted after {self.state['step']:,} steps; all is saved\n"
-                f"go on: python tiny.py {shlex.join(words)}")
+                f"go on: python tiny.py {command}")
         sys.exit(128 + number)
 
     def finish(self, facts, start):
@@ -885,14 +867,11 @@ class Run:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Ctrl-C, SIGTERM and a closed terminal end up in a list, at which the loop looks after each
-    step. A second one ends the process at once. -> the list"""
+    """-> a list, to which Ctrl-C, SIGTERM and a closed terminal append; a second one kills"""
     stop = []
-
     def remember(number, frame):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
-
     before = {}
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
@@ -905,8 +884,7 @@ def stop_signals():
 
 
 def new_folder(out):
-    """Make the folder `out`, or if that is there out-2, out-3, ...: no run touches what another has
-    written. -> its name"""
+    """Make the folder `out`, or if that is there out-2, out-3, ... -> its name"""
     name = out = os.path.normpath(out)
     n = 1
     while True:
@@ -917,8 +895,6 @@ def new_folder(out):
             n += 1
             name = f"{out}-{n}"
             notice(f"{out} is there already; this run goes to {name}")
-        except OSError as error:
-            raise Problem(f"cannot make {name}: {error.strerror}; name another --out") from None
 
 
 def load_checkpoint(out):
@@ -927,7 +903,7 @@ def load_checkpoint(out):
     path = os.path.join(out, "model.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        model = new_model(content["options"]["plain"], *content["config"])
+        model = new_model(content["options"])
         model.load_state_dict(content["weights"])
         return model, content
     except OSError as error:
@@ -937,12 +913,9 @@ def load_checkpoint(out):
 
 
 def prepare_cpu():
-    """Two things that cost nothing and save a third of the time. Numbers below 10^-38 become 0:
-    most processors take a hundred times as long for them.
-
-    And glibc keeps blocks that were freed. Otherwise it returns those of a megabyte and more to the
-    system at once, and each step fetches them anew, emptied page by page. (Linux only.)
-    """
+    """Save a third of the time: numbers below 10^-38, for which most processors take a hundred
+    times as long, become 0; and glibc (on Linux) keeps large blocks that were freed, which each
+    step would otherwise fetch anew, emptied page by page."""
     torch.set_flush_denormal(True)
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -950,35 +923,33 @@ def prepare_cpu():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-# ---- 8. The command ------------------------------------------------------------------------------
-
 # How large a model, and how many windows in a step? In a few minutes many small steps teach more
 # than few large ones. (rate: a factor for all learning rates)
 DEFAULT = dict(layers=2, heads=4, width=128, context=512, batch=8, rate=1.0)
 PLAIN = dict(layers=3, heads=4, width=144, context=256, batch=8, rate=1.0)
 
 
-def new_model(plain, *sizes):
-    """-> the usual GPT of these sizes, or that of words"""
-    if plain:
+def new_model(options):
+    """-> a GPT of the sizes in a dict of options: that of words, with --plain the usual one"""
+    sizes = [options[name] for name in ("layers", "heads", "width", "context")]
+    if options["plain"]:
         return GPT(*sizes)
     return WordGPT(*sizes)
 
 
-def parse_arguments(argv=None):
-    """-> the options"""
+def main(argv=None, start=None):
+    """start: the second (time.monotonic) at which the budget begins, otherwise now"""
     parser = argparse.ArgumentParser(
         usage="python tiny.py [options]", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train a byte-level language model on stories against the clock.",
         epilog="example: python tiny.py --minutes 5 --data stories.txt --out run1")
     add = parser.add_argument
-    add("--minutes", type=positive, default=5.0, help="for everything but downloads")
+    add("--minutes", type=float, default=5.0, help="for everything but downloads")
     add("--steps", type=int, help="train for so many steps instead, exactly repeatable")
     add("--plain", action="store_true", help="the usual transformer, over bytes")
     add("--distill", type=float, default=0.0, help="the part of the time in which the n-gram "
         "teaches, 0 to 1; with --plain")
-    add("--order", type=int, default=12, help="of the n-gram; 0: none")
     for name, value in DEFAULT.items():
         add(f"--{name}", type=type(value), help=f"{value}, with --plain {PLAIN[name]}")
     add("--seed", type=int, default=1, help="of all random numbers")
@@ -987,21 +958,12 @@ def parse_arguments(argv=None):
     add("--out", default="out", metavar="DIR", help="where the model goes")
     data.add_arguments(parser)
     args = parser.parse_args(argv)
-    usual = DEFAULT
-    if args.plain:
-        usual = PLAIN
-    for name, value in usual.items():
+    for name, value in [DEFAULT, PLAIN][args.plain].items():
         setattr(args, name, getattr(args, name) or value)
-    if args.width % (2 * args.heads) or args.context not in range(8, 4097, 2):
-        parser.error("--width must be a multiple of 2 x heads, --context even and at least 8")
-    if args.distill and not (args.plain and args.order):
-        parser.error("--distill teaches the usual transformer: add --plain, and no --order 0")
-    return args
-
-
-def main(argv=None, start=None):
-    """start: the second (time.monotonic) at which the budget begins, otherwise now"""
-    args = parse_arguments(argv)
+    if args.width % (2 * args.heads) or args.context % 2 or not args.minutes > 0:
+        parser.error("--width must be a multiple of 2 x heads, --context even, --minutes above 0")
+    if args.distill and not args.plain:
+        parser.error("--distill teaches the usual transformer: add --plain")
     prepare_cpu()
     return train(args, start or time.monotonic())
 
