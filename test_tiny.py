@@ -1,16 +1,13 @@
-"""What must hold, each thing in the smallest case that could break it. No network but 127.0.0.1.
-
-Run: python -m pytest -q
-"""
+"""What must hold, each thing in the smallest case that could break it: python -m pytest -q"""
 import argparse
 import ast
 import doctest
-import functools
 import http.server
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,13 +32,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = ["--width", "16", "--context", "64"]
 
 
-def script(*command, env=None, cwd=HERE, **options):
+def script(*command, env={}, cwd=HERE):
     """Run `python command...` as a user would, on one thread. -> CompletedProcess"""
-    clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    clean |= {"PYTHONPATH": HERE, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
-                          encoding="utf-8", cwd=cwd, env=clean | (env or {}), timeout=240,
-                          **options)
+    own = {"PYTHONPATH": HERE, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, cwd=cwd,
+                          encoding="utf-8", env=os.environ | own | env, timeout=240)
 
 
 def refused(result, *words):
@@ -192,22 +187,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert (tmp_path / "model.pt").read_bytes() == b"old"
 
 
-def test_what_was_written_is_kept_where_it_cannot_be_renamed(tmp_path, monkeypatch):
-    def replace(*_):  # as a virus scanner would
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(PermissionError):
-        data.save(str(tmp_path / "model.pt"), b"model")
-    assert (tmp_path / "model.pt.tmp").read_bytes() == b"model"
-
-
 class Server(http.server.ThreadingHTTPServer):
     """Serves the first bytes of a text. kind: None, a status, "cut", or "whole" (knows no Range)"""
-
     def __init__(self, body, kind=None):
         self.requests = []
-
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 self.server.requests.append(self.headers["Range"])
@@ -217,10 +200,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content[: len(content) // 2] if kind == "cut" else content)
-
             def log_message(self, *_):
                 pass
-
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -228,8 +209,6 @@ class Server(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def no_proxy(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.chdir(tmp_path)  # where the cache will be
 
@@ -266,6 +245,8 @@ def test_load_downloads_once_and_keeps_the_easiest_part(no_proxy, monkeypatch, c
     assert np.array_equal(data.easiest(whole.train, data.KEEP), first.train)
     assert np.array_equal(first.valid, whole.valid) and len(first.valid) > 2_000  # easy or not
     assert "easiest" in first.source and first.waited > 0
+    mine = data.load(options(data=[os.path.join("cache", "tinystories-0.06MB.txt")]))
+    assert len(mine.train) == len(whole.train)  # a user's own text is read whole
 
 
 def test_without_a_network_stories_are_made_up_or_those_there_are_used(no_proxy, monkeypatch,
@@ -276,19 +257,6 @@ def test_without_a_network_stories_are_made_up_or_those_there_are_used(no_proxy,
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "tinystories-100MB.txt").write_bytes(b"mine\n<|endoftext|>\n" * 999)
     assert bytes(data.load(options(keep=1.0)).train[:5]) == b"mine\0"
-
-
-def test_users_own_text_is_read_whole(texts):
-    text = data.load(options(data=texts[1:2]))
-    assert len(text.train) + len(text.valid) == len(data.encode(data.invent(500)))
-    assert data.load(options(data=texts[1:2], keep=0.5)).train.size < 0.51 * len(text.train)
-
-
-def test_main_shows_an_easy_and_a_hard_story_on_any_terminal(tmp_path):
-    (tmp_path / "x.txt").write_bytes("Où est le chat 🐈 ?\n<|endoftext|>\n".encode() * 200)
-    result = script("data.py", "--data", tmp_path / "x.txt", env={"PYTHONIOENCODING": "cp1252"},
-                    errors="replace")
-    assert result.returncode == 0 and result.stdout.count("chat ? ?") == 2, result.stderr
 
 
 def test_a_reader_that_goes_away_ends_a_script_quietly():
@@ -302,24 +270,6 @@ def test_a_reader_that_goes_away_ends_a_script_quietly():
 
 TEXT = b"the cat sat on the mat\0the rat sat\0a cat ate the rat on a mat\0" * 2 + b"that hat\0"
 NEW = b"a cat\0the bat sat on that zebra\0\0mat the rat"
-FRANCISCO = b"San Francisco, San Francisco, San Francisco, my dog, a dog, the dog"
-
-
-@pytest.fixture(scope="module")
-def stories():
-    """Training and validation text."""
-    return data.split(data.encode(data.invent(600)))
-
-
-@pytest.mark.parametrize("smoothing, low, high", [("absolute", 0.99, 1.01), ("kneser-ney", 5, 20)])
-def test_kneser_ney_asks_after_how_many_different_bytes(smoothing, low, high):
-    """After an unknown word: " F" was met as often as " d", but always after the same byte."""
-    slow = ngram.Textbook(FRANCISCO, 3, smoothing).distribution(b"big ", 4)
-    fast = ngram.NGram(3, smoothing).fit(FRANCISCO).probs(b"big ", [4])[0]
-    for p in (slow, fast):
-        assert low < p[ord("d")] / p[ord("F")] < high
-    counts = {(b"n ", "F"): 3, (b"y ", "d"): 1, (b"a ", "d"): 1, (b"e ", "d"): 1}
-    assert ngram.continuation_counts(counts) == {(b" ", "F"): 1, (b" ", "d"): 3}
 
 
 def test_a_textbook_case_by_hand():
@@ -361,23 +311,11 @@ def test_leave_one_out_equals_a_recount(order, smoothing):
         assert np.abs(p[i] - recount.distribution(TEXT, i)).max() < 1e-6
 
 
-def test_leaving_out_tells_new_text_from_recited():
-    """Nobody can predict random letters, log2(26) = 4.70 bits each, but one can recite them."""
-    train, valid = np.random.default_rng(0).integers(97, 123, (2, 20_000), dtype=np.uint8)
-    model = ngram.NGram(8).fit(train)
-    assert model.bits_per_byte(train) < 4
-    left_out = model.bits_per_byte(train, leave_one_out=True)
-    assert left_out > 4.65 and left_out == pytest.approx(model.bits_per_byte(valid), abs=0.1)
-
-
-@pytest.mark.parametrize("text", [data.invent(300), b"a" * 5000, b"\0" * 100, b"\5"])
+@pytest.mark.parametrize("text", [data.invent(100), b"a" * 5000, b"\0" * 100, b"\5"])
 def test_distributions_sum_to_1_and_are_never_0(text):
-    text = data.encode(text) if len(text) > 5000 else text
     model = ngram.NGram(12).fit(text)
-    noise = np.random.default_rng(0).integers(0, 256, 500, dtype=np.uint8)
-    for asked, leave_one_out in ((text, False), (text, True), (noise, False)):
-        positions = np.arange(min(2000, len(asked)))
-        p = model.probs(asked, positions, leave_one_out).astype(float)
+    for leave_one_out in (False, True):
+        p = model.probs(text, np.arange(min(2000, len(text))), leave_one_out).astype(float)
         assert np.abs(p.sum(1) - 1).max() < 1e-5 and p.min() > 0
 
 
@@ -390,12 +328,6 @@ def test_bytes_are_taken_wherever_data_is_and_each_is_scored():
     mean = -np.log2(p[positions, array].astype(float)).mean()
     assert a.bits_per_byte(TEXT) == pytest.approx(mean)
     assert np.array_equal(a.probs(b"", [0]), a.probs(b"\0", [1]))  # before the text stands an END
-
-
-def test_more_context_predicts_better(stories):
-    train, valid = stories
-    scores = [ngram.NGram(order).fit(train).bits_per_byte(valid) for order in (1, 2, 4, 8)]
-    assert scores == sorted(scores, reverse=True)
 
 
 def test_discounts_are_chen_and_goodmans():
@@ -420,8 +352,8 @@ def test_mixture_weights_are_those_that_made_the_data(truth):
     assert ngram.mixture_weights(np.zeros((5, 2))) == pytest.approx([0.5, 0.5])  # no NaN
 
 
-def test_generate_repeats_itself_and_stops_at_the_end_of_a_story(stories):
-    model = ngram.NGram(5).fit(stories[0])
+def test_generate_repeats_itself_and_stops_at_the_end_of_a_story():
+    model = ngram.NGram(5).fit(data.encode(data.invent(600)))
     story = model.generate(b"Once upon", 3000, 0.5, seed=3)
     assert story == model.generate(b"Once upon", 3000, 0.5, seed=3)
     assert story != model.generate(b"Once upon", 3000, 0.5, seed=4)
@@ -528,11 +460,9 @@ def test_a_gpt_is_what_the_papers_say():
     angle = torch.arange(5)[:, None] * 10000.0 ** (-torch.arange(4) / 4)
     q, k, v = attention.qkv(x)[0].chunk(3, -1)
     turn = torch.polar(torch.ones(5, 4), -angle)
-
     def turned(y):
         y = F.layer_norm(y, (8,))
         return torch.complex(y[:, :4], y[:, 4:]) * turn
-
     score = (turned(q)[:, None] * turned(k)[None].conj()).real.sum(-1) / 8**0.5
     score = score.masked_fill(torch.ones(5, 5).triu(1) > 0, -math.inf)
     want = attention.out(score.softmax(-1) @ v)
@@ -605,7 +535,6 @@ def test_memory_knows_of_a_context_only_what_was_learned_elsewhere():
     memory = tiny.Memory(width=2, rows=8)
     torch.nn.init.ones_(memory.table)
     hashes = torch.arange(3)[None] << (64 - tiny.COUNTER_BITS)  # one position
-
     def visit():
         """-> the share of contexts looked up when learning from them, and after that"""
         out = memory(hashes)
@@ -613,7 +542,6 @@ def test_memory_knows_of_a_context_only_what_was_learned_elsewhere():
         memory.step(0.0)
         with torch.no_grad():
             return [x[0, 0].item() / 3 for x in (out, memory(hashes))]
-
     assert visit() == [0, 1]  # new: nothing is known; from now on it is
     assert visit() == [1, 1]
     memory.first_epoch = False
@@ -663,14 +591,11 @@ def test_only_the_last_complete_word_bends_the_bytes():
     assert torch.allclose(states[0, -1], tiny.norm(x[0, -1] * (1 + scale) + shift), atol=1e-5)
 
 
-# ---- tiny.py: sampling ---------------------------------------------------------------------------
-
 def test_stories_begin_after_an_end_repeat_and_end_in_time(model):
     for temperature in (0, 0.5, 1):
         def write(prompt, seed=3):
             generator = torch.Generator().manual_seed(seed)
             return b"".join(tiny.generate(model, prompt, 60, temperature, generator))
-
         for prompt in (b"Once", b"", b"A prompt that is far longer than the context of the net"):
             story = write(prompt)
             assert story == write(prompt) and len(story) <= 60 and 0 not in story
@@ -682,10 +607,8 @@ def test_stories_begin_after_an_end_repeat_and_end_in_time(model):
 class Park:
     """A stub that knows five words, `park` with 0.25 and four with b."""
     chances = {b"park ": 0.25, b"bag ": 0.1875, b"bed ": 0.1875, b"bird ": 0.1875, b"box ": 0.1875}
-
     def read(self, ids):
         return None, ids[:, :0]
-
     def spell(self, reading, spelled):
         p = torch.zeros(len(spelled), 256)
         for row, begun in enumerate(map(bytes, spelled.tolist())):
@@ -694,7 +617,6 @@ class Park:
                     p[row, word[len(begun)]] += chance
             p[row, 0] += 1e-9
         return p / p.sum(1, keepdim=True)
-
     def next_byte(self, ids):
         begun = bytes(ids[0].tolist()).rpartition(b" ")[2].strip(b"\0")
         return self.spell(None, torch.tensor([list(begun)], dtype=torch.int64))
@@ -718,16 +640,12 @@ def test_a_temperature_is_a_words_not_a_bytes(monkeypatch):
 def test_choose_draws_as_often_as_it_should():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).expand(3000, -1)
     generator = torch.Generator().manual_seed(0)
-
     def draws(temperature):
         return Counter(tiny.choose(p, temperature, generator).tolist())
-
     assert set(draws(0)) == {0} == set(draws(1e-40))
     assert draws(1)[1] == pytest.approx(900, abs=120)
     assert draws(0.5)[1] == pytest.approx(3000 * 0.09 / 0.365, abs=120)
 
-
-# ---- tiny.py: learning ---------------------------------------------------------------------------
 
 def test_muon_makes_orthogonal_steps_and_learns():
     singular = torch.linalg.svdvals(tiny.orthogonalize(torch.randn(8, 20)))
@@ -822,7 +740,7 @@ def test_main_job(finished, texts):
     result, out = finished
     facts = figures(result.stdout)
     assert 18 * 0.9 < float(facts["seconds"]) < 18 * 1.1  # ±2 % of five minutes are 6 s
-    assert float(facts["val_bpb"]) < float(facts["ngram_bpb"]) + 0.05 < 1
+    assert float(facts["val_bpb"]) < 1 and float(facts["ngram_bpb"]) < 0.6
     assert "%|" not in result.stderr  # no bar but on a terminal
     assert result.stdout.rstrip().endswith(f"python sample.py --out {out}")
     looks = [float(x) for x in re.findall(r"([\d.]+) bits per byte \|", result.stdout)]
@@ -834,18 +752,14 @@ def test_main_job(finished, texts):
     assert content["optimizers"] is None
 
 
-def test_the_teacher_teaches_a_plain_gpt_for_its_part_of_the_time(tmp_path, texts, monkeypatch, capsys):
+def test_the_teacher_teaches_a_plain_gpt_for_its_part_of_the_time(runs, monkeypatch, capsys):
     taught = []
-    get = tiny.Batches.get
-
-    def watched(self, step, taught_now):
-        taught.append(taught_now)
-        return get(self, step, taught_now)
-
-    monkeypatch.setattr(tiny.Batches, "get", lambda self, step, taught=False: watched(
-        self, step, taught))
-    monkeypatch.chdir(tmp_path)
-    tiny.main([*texts, *SMALL, "--plain", "--distill", "0.5", "--steps", "8"])
+    train_step = tiny.train_step
+    def watched(*rest):
+        taught.append(rest[3] is not None)
+        return train_step(*rest)
+    monkeypatch.setattr(tiny, "train_step", watched)
+    runs("out", "--plain", "--distill", 0.5, "--steps", 8)
     assert taught == [True] * 4 + [False] * 4  # the teacher stops
     model, _ = tiny.load_checkpoint("out")
     assert type(model) is tiny.GPT and len(model.blocks) == 3
@@ -858,7 +772,6 @@ def runs(monkeypatch, tmp_path, texts):
     monkeypatch.setattr(tiny.WordGPT.__init__, "__defaults__", (2, 4, 128, 512, 2**10))
     monkeypatch.setattr(tiny, "LOOKS", (0.1, 0.5, 1))
     monkeypatch.chdir(tmp_path)
-
     def train(out, *more):
         where = ["--out", out, *SMALL, "--minutes", 0.05, *more]
         if "--data" not in more:
@@ -866,7 +779,6 @@ def runs(monkeypatch, tmp_path, texts):
         tiny.main(list(map(str, where)))
         content = torch.load(os.path.join(out, "model.pt"), weights_only=True)
         return content["weights"]
-
     return train
 
 
@@ -878,13 +790,11 @@ def stop_at(monkeypatch, step, number):
     """Send this process a signal in the middle of a step. -> list with an entry for each step"""
     train_step = tiny.train_step
     count = []
-
     def stopping(*rest):
         count.append(rest[-1])  # the factor of the rates
         if len(count) == step:
             os.kill(os.getpid(), number)
         return train_step(*rest)
-
     monkeypatch.setattr(tiny, "train_step", stopping)
     return count
 
@@ -899,7 +809,6 @@ def test_steps_repeat_exactly_and_looking_changes_nothing(runs, monkeypatch):
 @pytest.mark.parametrize("cut, plain", [(1, []), (8, ["--plain", "--distill", 0.5]), (15, [])])
 def test_interrupted_and_resumed_equals_uninterrupted(runs, monkeypatch, cut, plain, capsys):
     """Bit for bit, at the beginning, where the teacher stops and after two epochs."""
-    monkeypatch.setattr(tiny.Batches, "get", functools.partialmethod(tiny.Batches.get))
     more = ["--steps", 16, *plain]
     whole = runs("whole", *more)
     number = (signal.SIGTERM, signal.SIGINT)[cut % 2]
@@ -912,21 +821,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(runs, monkeypatch, cut, pl
     told = capsys.readouterr().out
     assert f"interrupted after {cut} steps" in told
     assert "go on: python tiny.py --minutes 1 --resume cut" in told
-    other = ["--width", 32] if plain else ["--seed", 3]
-    with pytest.raises(data.Problem, match="began with another"):
-        runs("cut", *more, "--resume", "cut", *other)
+    for other, name in ((["--width", 32], "width"), (["--seed", 3], "seed"),
+                        (["--data", __file__], "text")):
+        with pytest.raises(data.Problem, match=f"began with another {name}"):
+            runs("cut", *more, "--resume", "cut", *other)
     assert same(whole, runs("cut", *more, "--resume", "cut")) and len(count) == 16
     with pytest.raises(data.Problem, match="is complete"):
         runs("cut", *more, "--resume", "cut")
-
-
-def test_a_run_goes_on_with_its_own_text_only(runs, monkeypatch, tmp_path):
-    stop_at(monkeypatch, 3, signal.SIGINT)
-    with pytest.raises(SystemExit):
-        runs("r", "--steps", 9)
-    (tmp_path / "other.txt").write_bytes(data.invent(300))
-    with pytest.raises(data.Problem, match="another text"):
-        runs("r", "--steps", 9, "--resume", "r", "--data", tmp_path / "other.txt")
 
 
 def test_two_runs_with_one_name_get_two_folders(runs, capsys):
@@ -944,11 +845,9 @@ def test_the_state_is_saved_each_minute_and_at_any_moment_whole(runs, monkeypatc
     monkeypatch.setattr(time, "monotonic", lambda: real() + 25 * len(steps))
     saved = []
     save = data.save
-
     def watched(path, content):
         save(path, content)
         saved.append(tiny.load_checkpoint("a")[1]["state"]["step"])
-
     monkeypatch.setattr(data, "save", watched)
     runs("a", "--steps", 10)
     assert saved == [3, 6, 9, 10]
@@ -958,7 +857,7 @@ def test_killed_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, texts,
     code = ("import sys, tiny; tiny.WordGPT.__init__.__defaults__ = (2, 4, 128, 512, 2**10); "
             "tiny.SAVE_EVERY = 0; tiny.main(sys.argv[1:])")
     env = os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
-    loaded = 0
+    monkeypatch.setattr(tiny.WordGPT.__init__, "__defaults__", (2, 4, 128, 512, 2**10))
     for i in range(4):
         out = tmp_path / str(i)
         command = [sys.executable, "-c", code, *texts, "--out", out, *SMALL]
@@ -968,28 +867,23 @@ def test_killed_at_any_moment_leaves_a_whole_checkpoint_or_none(tmp_path, texts,
         time.sleep(0.3 + 0.5 * i)
         run.kill()
         run.wait()
-        if (out / "model.pt").exists():
-            monkeypatch.setattr(tiny.WordGPT.__init__, "__defaults__", (2, 4, 128, 512, 2**10))
-            model, content = tiny.load_checkpoint(out)
+        if i % 2 == 0 or (out / "model.pt").exists():
+            _, content = tiny.load_checkpoint(out)
             assert content["state"]["step"] > 0 and content["optimizers"]
-            assert all(p.isfinite().all() for p in model.parameters())
-            loaded += 1
-    assert loaded >= 2
 
 
 def test_a_full_disk_is_told_and_stops_no_training(runs, monkeypatch, capsys):
     save = data.save
     full = [True] * 3
-
     def failing(*rest):
         if full and full.pop():
             raise OSError(28, "No space left on device")
         save(*rest)
-
     monkeypatch.setattr(data, "save", failing)
     monkeypatch.setattr(tiny, "SAVE_EVERY", 0)
-    runs("a", "--steps", 6)
-    assert capsys.readouterr().err.count("No space left on device") == 3
+    runs("a", "--steps", 6, "--rate", 1e4)
+    told = capsys.readouterr().err
+    assert told.count("No space left on device") == 3 and "diverged" in told
     full[:] = [True] * 99
     with pytest.raises(data.Problem, match="the model is not in b"):
         runs("b", "--steps", 3)
@@ -1001,20 +895,11 @@ def test_a_full_disk_is_told_and_stops_no_training(runs, monkeypatch, capsys):
 
 
 def test_that_nobody_reads_stops_nothing(runs, monkeypatch):
-    class Gone:
-        encoding = "utf-8"
-
-        def write(self, words):
-            raise BrokenPipeError
-
-        def flush(self):
-            raise BrokenPipeError
-
-        def isatty(self):
-            return False
-
-    monkeypatch.setattr(sys, "stdout", Gone())
-    monkeypatch.setattr(sys, "stderr", Gone())
+    def gone(*_):
+        raise BrokenPipeError
+    nobody = types.SimpleNamespace(write=gone, flush=gone, isatty=lambda: False, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", nobody)
+    monkeypatch.setattr(sys, "stderr", nobody)
     data.notice("hello")
     assert runs("a", "--steps", 3)
 
@@ -1022,36 +907,27 @@ def test_that_nobody_reads_stops_nothing(runs, monkeypatch):
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
 def test_a_second_signal_ends_at_once_and_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with tiny.stop_signals() as stop:
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop == [signal.SIGTERM]
-            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_figures_that_mean_nothing_are_said_to(runs, capsys):
-    runs("a", "--steps", 8, "--rate", 1e4)
-    assert "diverged" in capsys.readouterr().err
+    with tiny.stop_signals() as stop:
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_on_the_clock_the_rate_falls_to_0_and_the_second_epoch_is_told(runs, monkeypatch, capsys):
     factors = stop_at(monkeypatch, 10**9, signal.SIGINT)
     epochs = []
     step = tiny.Memory.step
-
     def watched(self, lr):
         epochs.append(self.first_epoch)
         step(self, lr)
-
     monkeypatch.setattr(tiny.Memory, "step", watched)
     monkeypatch.setattr(tiny, "LEAST", 0)  # else a short text is read more often
     runs("a", "--minutes", 5, "--batch", 64)
     steps = len(factors)
-    assert factors[steps // 2 - 1] == pytest.approx(1, abs=0.05) and factors[0] == 1
-    assert factors[3 * steps // 4] == pytest.approx(0.5, abs=0.05) and factors[-1] < 0.11 and factors == sorted(factors, reverse=True)
+    for part, factor in ((0, 1), (0.49, 1), (0.75, 0.5), (0.999, 0)):
+        assert factors[int(part * steps)] == pytest.approx(factor, abs=0.1)
     quarter = steps // tiny.EPOCHS
     assert epochs == [True] * quarter + [False] * 3 * quarter  # it ends after four
 
@@ -1065,9 +941,7 @@ def test_bad_options_get_one_line():
     assert result.returncode == 0 and "example: python tiny.py" in result.stdout
 
 
-class Evil:
-    """A pickle that would create a folder when it is loaded."""
-
+class Evil:  # a pickle that would create a folder when it is loaded
     def __reduce__(self):
         return os.mkdir, ("ran",)
 
@@ -1088,15 +962,6 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(runs, tmp_path):
     assert not os.path.exists("ran")
     with pytest.raises(data.Problem, match="cannot read b.*train first"):
         tiny.load_checkpoint("b")
-
-
-def test_the_budget_begins_at_the_call(monkeypatch):
-    """As in a notebook, some time after the import."""
-    start = []
-    monkeypatch.setattr(tiny, "START", time.monotonic() - 1000)
-    monkeypatch.setattr(tiny, "train", lambda args, begun: start.append(begun))
-    tiny.main([])
-    assert time.monotonic() - start[0] < 10
 
 
 # ---- sample.py -----------------------------------------------------------------------------------
@@ -1154,8 +1019,7 @@ def test_generation_asks_the_heads_what_scoring_asked(fused, monkeypatch):
     text = valid[:50]
     scored = fusion.target_probs(text) @ fusion.weights
     for i in (0, 1, 20, 49):
-        with torch.no_grad():
-            p = fusion.next_byte(torch.tensor([[0, *text[:i].tolist()]]))
+        p = fusion.next_byte(torch.tensor([[0, *text[:i].tolist()]])).detach()
         assert p.sum().item() == pytest.approx(1, abs=1e-4)
         assert p[0, text[i]].item() == pytest.approx(scored[i], rel=1e-3)
 
@@ -1174,21 +1038,17 @@ def test_cache_and_knn_vote_for_what_followed():
 
 
 def test_weights_are_learned_on_other_bytes_than_are_scored(finished, texts, monkeypatch, capsys):
-    for n, scored, held in ((1_000_000, 100_000, 300_000), (5_000, 2_500, 2_500)):
-        a, b = sample.split_validation(np.arange(n))
-        assert len(a) == scored == len(b) and a[0] == 0 and b[0] == held
-    fitted, asked = [], []
-    fit, target_probs = sample.Fusion.fit, sample.Fusion.target_probs
-    monkeypatch.setattr(sample.Fusion, "fit", lambda self, text: fitted.append(text) or fit(
-        self, text))
-    monkeypatch.setattr(sample.Fusion, "target_probs", lambda self, text: asked.append(
-        text) or target_probs(self, text))
+    asked = []
+    target_probs = sample.Fusion.target_probs
+    def watched(self, text):
+        asked.append(text)
+        return target_probs(self, text)
+    monkeypatch.setattr(sample.Fusion, "target_probs", watched)
     _, out = finished
-    more = ["--data", str(out.with_name("long.txt")), *texts[2:]]
-    sample.main(["--score", f"{out}+cache", *more])
+    sample.main(["--score", f"{out}+cache", "--data", str(out.with_name("long.txt")), *texts[2:]])
     valid = data.read(texts[3:])
-    assert fitted[0] is asked[0] and np.array_equal(fitted[0], sample.split_validation(valid)[1])
-    assert np.array_equal(asked[1], sample.split_validation(valid)[0])
+    assert np.array_equal(asked[0], valid[len(valid) // 2 :])
+    assert np.array_equal(asked[1], valid[: len(valid) // 2])
     lines = dict(re.findall(r"(\w+)_bpb: ([\d.]+)", capsys.readouterr().out))
     assert float(lines["fused"]) <= float(lines["transformer"]) + 0.002
 
@@ -1209,11 +1069,10 @@ def test_the_rubric_counts_what_its_rows_say(row, story, value):
     assert found is value or found == pytest.approx(value)
 
 
-def test_names_are_words_that_are_capitalised_inside_sentences():
-    assert REF.names == {"lily", "tom"}
+def test_the_rubric_is_about_names_and_means():
+    assert REF.names == {"lily", "tom"}  # capitalised inside sentences
     mean, error = sample.rubric(["a b c d", "a b c d a b c d"], REF)["repeated_4"]
     assert (mean, error) == pytest.approx((10, 10 / 2**0.5))
-    assert math.isnan(sample.rubric(["x"], REF)["names_return"][0])
 
 
 def test_pairs_are_balanced_and_each_export_has_its_own_key():
@@ -1243,7 +1102,7 @@ def test_tally_counts_by_the_key_and_refuses_what_is_no_answer():
 def test_a_judgement_from_stories_to_sign_test(finished, texts, monkeypatch, tmp_path, capsys):
     _, out = finished
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.txt").write_bytes(b"\n<|endoftext|>\n".join([b"Mine. " * 200] * 6))
+    (tmp_path / "mine.txt").write_bytes(b"Mine. " * 200 + (b"<|endoftext|>" + b"Mine. " * 200) * 5)
     more = ["--data", str(out.with_name("long.txt")), *texts[2:], "--n", "6"]
     sample.main(["--judge", str(out), "mine.txt", *more])
     pages = (tmp_path / "pairs.txt").read_text()
@@ -1292,26 +1151,19 @@ def pieces():
     """The examples of the README, as (what they need, code)."""
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
         blocks = re.findall(r"```python\n# (.*?)\n(.*?)```", file.read(), re.DOTALL)
-    assert len(blocks) >= 6
+    assert len(blocks) == 6
     return blocks
 
 
 def part(name):
-    """A definition, an assignment or a section of one of the files, as text: "X of tiny.py"."""
+    """A definition, an assignment or a section of a file, as text: "Muon of tiny.py"."""
     name, _, path = name.rpartition(" of ")
     with open(os.path.join(HERE, path), encoding="utf-8") as file:
         text = file.read()
     if name.startswith("section "):
-        number = name.split()[1]
-        return re.search(rf"# ---- {number}\. .*?(?=\n# ---- |\n# ====)", text, re.DOTALL)[0]
-    for node in ast.parse(text).body:
-        names = [getattr(node, "name", "")]
-        if isinstance(node, ast.Assign):
-            names = [getattr(target, "id", "") for target in node.targets]
-        if name in names:
-            first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", []))])
-            return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
-    raise LookupError(name)
+        return re.search(rf"# ---- {name[8:]}\. .*?(?=\n# ---- |\n# ====)", text, re.DOTALL)[0]
+    found = rf"^(@.*\n)?(def |class )?{name}\b.*\n((    .*)?\n)*"
+    return re.search(found, text, re.MULTILINE)[0]
 
 
 @pytest.mark.parametrize("needs, code", pieces())
@@ -1320,17 +1172,15 @@ def test_the_pieces_work_with_what_the_readme_says_they_need(tmp_path, needs, co
     pasted = []
     for name in parts:
         if name.startswith("the file "):
-            path = name.removeprefix("the file ")
-            (tmp_path / path).write_bytes(open(os.path.join(HERE, path), "rb").read())
+            shutil.copy(os.path.join(HERE, name.removeprefix("the file ")), tmp_path)
         else:
             names, _, path = name.rpartition(" of ")
             pasted += [part(f"{one} of {path}") for one in names.split(" and ")]
     allowed = set(packages.split()) | {name.split()[-1][:-3] for name in parts if "file" in name}
     code = code.replace("...\n", "\n\n".join(pasted) + "\n", 1)
-    for line in re.findall(r"^(?:import|from) (.*)", code, re.MULTILINE):
-        for module in re.findall(r"\w+", re.sub(r" (as|import) [\w, ]+", "", line)):
-            third_party = module in ("numpy", "torch", "tqdm", "data", "ngram", "tiny", "sample")
-            assert not third_party or module in allowed, line
+    for module in ("numpy", "torch", "tqdm", "data", "ngram", "tiny", "sample"):
+        used = re.search(rf"^(import|from) .*\b{module}\b", code, re.MULTILINE)
+        assert not used or module in allowed
     (tmp_path / "piece.py").write_text(code)
     result = script("piece.py", cwd=tmp_path, env={"PYTHONPATH": ""})
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
@@ -1344,7 +1194,7 @@ def test_the_readme_names_only_what_is_there():
              for name in ("data.py", "ngram.py", "tiny.py", "sample.py")}
     for name, path, line in re.findall(r"\[`(?:def|class) (\w+)`\]\((\w+\.py)#L(\d+)\)", text):
         assert re.match(rf"(def|class) {name}\b", files[path][int(line) - 1]), (name, path, line)
-    for option in set(re.findall(r"(?<=[ `])--[a-z-]+", text)):
+    for option in set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", text)):
         known = "\n".join("\n".join(lines) for lines in files.values())
         names = {"--nproc", "--index-url", "--upgrade", "--muon", "--stories"}
         assert option in names or f'"{option}"' in known or option[2:] in tiny.DEFAULT, option
