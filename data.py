@@ -110,8 +110,8 @@ def run(main):
 
 def printable(text):
     """str -> str that is safe to show: what can drive a terminal becomes U+FFFD; "\\r" goes."""
-    unsafe = r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u202d\u202e]"
-    return re.sub(unsafe, "\ufffd", text.replace("\r", ""))
+    text = text.replace("\r", "")
+    return re.sub(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u202d\u202e]", "\ufffd", text)
 
 
 def notice(words):
@@ -196,13 +196,12 @@ def invent(count=15000, seed=0):
 
 # ---- 4. The command ------------------------------------------------------------------------------
 
+Text = namedtuple("Text", "train valid source waited")  # (n,), (m,) uint8; str; seconds
 KEEP = 0.33  # the part of TinyStories that is read by default, the easiest
-Text = namedtuple("Text", "train valid source waited")
 
 
 def load(args, least=2):
-    """args: the options of add_arguments; least: bytes to learn from -> Text: (n,) uint8 to learn
-    from, (m,) uint8 held out, where they come from, seconds of download. Raises Problem."""
+    """args: the options of add_arguments; least: bytes to learn from. -> Text. Raises Problem."""
     began = time.monotonic()
     files = args.data
     if not files:
@@ -212,18 +211,19 @@ def load(args, least=2):
             files = [path]
     waited = time.monotonic() - began
     if files:
-        source = ", ".join(map(str, files[:3]))
+        source = str(files[0])
         train = read(files, int(1e6 * args.megabytes))
     else:
         source = "made-up stories"
         train = encode(invent())
-        notice("no network: using stories made from a template. They show that all works, but "
-               "SCORES ON THEM MEAN NOTHING. Name a text of your own: --data FILE")
+        notice("no network: using stories made from a template. SCORES ON THEM MEAN NOTHING")
     if args.valid:
         held_out = read(args.valid, int(1e6 * args.megabytes))
     else:
         train, held_out = split(train)
     keep = args.keep or (1 if args.data else KEEP)
+    if not 0 < keep <= 1:
+        raise Problem("--keep is a part: above 0, at most 1")
     if keep < 1:
         source += f", the easiest {keep:.0%}"
         train = easiest(train, keep)
@@ -252,8 +252,8 @@ def main():
     stories = split_stories(text.valid)
     bits = difficulty(stories)
     for i in (bits.argmin(), bits.argmax()):
-        story = stories[i][:1000].decode("utf-8", "replace")
-        print(f"\n{bits[i]:.1f} bits a word:\n{printable(story)}")
+        print(f"\n{bits[i]:.1f} bits a word:")
+        print(printable(stories[i][:1000].decode("utf-8", "replace")))
 
 
 if __name__ == "__main__":

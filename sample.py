@@ -4,13 +4,13 @@ You will know how other models are mixed in at generation (fusion), and how stor
 counting what goes wrong (a rubric), or by someone who does not know whose they are (a blind judge).
 
     python sample.py --prompt "One day, a cat" --n 3        stories
-    python sample.py --score out+ngram+knn+cache            bits per byte, alone and fused
-    python sample.py --rubric out out+ngram+knn+cache       what goes wrong, in numbers
+    python sample.py --score plain+ngram+knn+cache          bits per byte, alone and fused
+    python sample.py --rubric plain plain+ngram+cache       what goes wrong, in numbers
     python sample.py --judge out mine.txt                   pairs of stories for a blind judge
     python sample.py --tally answers.txt                    which run the judge preferred
 
 A RUN is a folder of tiny.py ("out"), the same with heads fused in ("out+ngram+cache"), the counting
-model ("ngram"), the validation stories ("real"), or a text file of stories.
+model ("ngram"), the validation stories ("real"), or a file. (Fused stories come byte by byte.)
 
 Axes: B positions side by side, P earlier positions in the window, C the model's width, R recent
 bytes of the text, M entries of the datastore, k neighbors."""
@@ -95,37 +95,37 @@ def vote(share, byte):
 class Fusion:
     """p = the sum of weight x head, the transformer's own prediction first among them. (Shallow
     fusion usually adds logarithms; this is linear interpolation of probabilities.) Each head knows
-    something that the others do not, so the mixture needs fewer bits. But about two thirds of it
-    are the n-gram. It knows better which letters come next, and that is most of the bits; after a
-    dozen bytes it no longer knows whom the story is about, but that costs few bits."""
-    NAMES = ("ngram", "knn", "cache")
-
+    something that the others do not, so the mixture needs fewer bits. But with --plain two thirds
+    of it are the n-gram. It knows better which letters come next, and that is most of the bits;
+    after a dozen bytes it does not know whom the story is about, but that costs few bits."""
     def __init__(self, model, names, ngram=None, text=None):
-        """names: of the heads, some of NAMES; ngram: an NGram; text: (n,) uint8, for kNN"""
+        """names: of the heads: ngram, knn, cache; ngram: an NGram; text: (n,) uint8, for kNN"""
         self.model = model
         self.reach = 1  # R, how many recent bytes a head wants to see
         self.heads = {}
-        if "ngram" in names:
-            self.reach = ngram.order
-            self.heads["ngram"] = functools.partial(ngram_head, ngram=ngram)
-        if "knn" in names:
-            keys = []
-            values = []
-            for moment, target, _ in self.moments(text[:DATASTORE]):
-                keys.append(moment.state)
-                values.append(target)
-            store = dict(keys=torch.cat(keys), values=torch.cat(values))  # (M, C), (M,)
-            self.heads["knn"] = functools.partial(knn_head, **store)
-        if "cache" in names:
-            self.heads["cache"] = cache_head
+        for name in names:
+            if name == "ngram":
+                self.reach = ngram.order
+                self.heads[name] = functools.partial(ngram_head, ngram=ngram)
+            elif name == "knn":
+                keys = []
+                values = []
+                for moment, target, _ in self.moments(text[:DATASTORE]):
+                    keys.append(moment.state)
+                    values.append(target)
+                store = dict(keys=torch.cat(keys), values=torch.cat(values))  # (M, C), (M,)
+                self.heads[name] = functools.partial(knn_head, **store)
+            elif name == "cache":
+                self.heads[name] = cache_head
+            else:
+                raise Problem(f"there is no head {name!r}: they are ngram, knn and cache")
         self.weights = np.ones(1 + len(self.heads)) / (1 + len(self.heads))  # until `fit`
 
     @torch.no_grad()
     def moments(self, text):
-        """Read text, (n,) uint8, as tiny.evaluate does, each byte once. Yields, for the B scored
-        positions of a window, the Moment, target (B,) and the transformer's p (B,) of it. Here the
-        second half of a window is scored, and | stands for END:
-
+        """Read text, (n,) uint8, as tiny.evaluate does, each byte once, in order. Yields, for the B
+        scored positions of a window, the Moment, target (B,) and the transformer's p (B,) of it.
+        Here the second half of a window is scored, and | stands for END:
             position   0  1  2  3  4  5
             ids        a  b  |  c  d  e
             target     b  |  c  d  e  f
@@ -173,7 +173,7 @@ class Fusion:
 
 def split_validation(valid):
     """-> the bytes that are scored, and others to learn the weights on"""
-    middle = min(300_000, len(valid) // 2)
+    middle = len(valid) // 2
     return valid[:middle][:100_000], valid[middle:][:100_000]
 
 
@@ -289,9 +289,8 @@ def tally(first, answers):
 
 def sign_test(wins, losses):
     """Two-sided exact p-value: how often a fair coin falls at least as unevenly as this."""
-    n = int(wins + losses)  # 2^n is too large for numpy's
-    rare = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * rare / 2**n)
+    rare = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * rare / 2 ** (wins + losses))
 
 
 # ==================================================================================================
@@ -299,11 +298,8 @@ def sign_test(wins, losses):
 # ==================================================================================================
 
 def open_run(run, text):
-    """ "out" or "out+ngram+cache" -> GPT, WordGPT or Fusion. Raises Problem."""
+    """ "out" or "out+ngram+cache" -> GPT, WordGPT or Fusion"""
     out, *names = run.split("+")
-    unknown = set(names) - set(Fusion.NAMES)
-    if unknown:
-        raise Problem(f"no head {unknown.pop()!r}; the heads are {', '.join(Fusion.NAMES)}")
     model, content = load_checkpoint(out)
     if content["options"]["text"] != zlib.crc32(text.train):
         notice(f"{out} was trained on another text, perhaps on what it is asked about here; give "
@@ -326,7 +322,8 @@ def stories_of(run, text, args):
         stories = real
     elif run == "ngram":
         ngram = NGram().fit(text.train[:15_000_000])
-        stories = [ngram.generate(x, LENGTH, args.temperature, i) for i, x in enumerate(prompts)]
+        stories = [ngram.generate(x, LENGTH, args.temperature, i)
+                   for i, x in enumerate(prompts, args.seed)]
     else:
         model = open_run(run, text)
         stories = []
@@ -357,6 +354,8 @@ def show_rubric(runs, text, args):
 
 
 def write_pairs(runs, text, args):
+    if os.path.exists(args.pairs):
+        raise Problem(f"{args.pairs} is there already; name another with --pairs")
     pages = [CRITERIA]
     pairs = blind_pairs(runs, [stories_of(run, text, args) for run in runs], args.seed)
     for number, (first, second, _) in enumerate(pairs, 1):

@@ -167,10 +167,12 @@ def test_a_text_that_is_not_utf8_is_told(tmp_path, capsys):
     ("--data random.txt", ["random.txt seems to be binary or UTF-16"]),
     ("--data short.txt", ["too little text"]),
     ("--megabytes=x", ["--megabytes"]), ("--mega=1", ["--mega"]),
+    ("--keep=33 --data long.txt", ["--keep is a part"]),
 ])
 def test_bad_text_and_options_get_one_line(tmp_path, command, words):
     (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf\n")
     (tmp_path / "short.txt").write_bytes(b"Too short.")
+    (tmp_path / "long.txt").write_bytes(data.invent(30))
     (tmp_path / "utf16.txt").write_bytes("Once upon a time".encode("utf-16") * 50)
     (tmp_path / "random.txt").write_bytes(np.random.default_rng(0).bytes(10_000))
     (tmp_path / "folder").mkdir()
@@ -313,9 +315,8 @@ def test_leave_one_out_equals_a_recount(order, smoothing):
 
 @pytest.mark.parametrize("text", [data.invent(100), b"a" * 5000, b"\0" * 100, b"\5"])
 def test_distributions_sum_to_1_and_are_never_0(text):
-    model = ngram.NGram(12).fit(text)
     for leave_one_out in (False, True):
-        p = model.probs(text, np.arange(min(2000, len(text))), leave_one_out).astype(float)
+        p = ngram.NGram(12).fit(text).probs(text, np.arange(len(text)), leave_one_out).astype(float)
         assert np.abs(p.sum(1) - 1).max() < 1e-5 and p.min() > 0
 
 
@@ -373,13 +374,12 @@ def test_what_cannot_be_counted_is_refused():
 
 def test_the_script_counts_compares_and_writes(texts):
     command = ["ngram.py", *texts, "--orders", 2, 5, "--smoothing", "kneser-ney", "add-k"]
-    result = script(*command, "--prompt", b"\xff Lily".decode("utf-8", "surrogateescape"))
+    result = script(*command)
     assert result.returncode == 0 and result.stdout.count("add-k") == 2, result.stderr
     scores = [float(line.split()[0]) for line in result.stdout.splitlines()
               if line.endswith(" kneser-ney")]
     assert scores[0] > scores[1] and f"{scores[1]:.4f} on text it has not seen" in result.stdout
-    assert "\ufffd Lily" in result.stdout
-    refused(script("ngram.py", "--orders", "x"), "--orders")
+    assert "\nOnce upon a time" in result.stdout
 
 
 # ---- tiny.py: the model --------------------------------------------------------------------------
@@ -833,7 +833,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(runs, monkeypatch, cut, pl
 def test_two_runs_with_one_name_get_two_folders(runs, capsys):
     first = runs("a", "--steps", 2)
     runs("a", "--steps", 3)
-    assert "this run goes to a-2" in capsys.readouterr().err
+    assert "the model goes to a-2" in capsys.readouterr().out
     assert same(first, torch.load("a/model.pt", weights_only=True)["weights"])
     assert tiny.load_checkpoint("a-2")[1]["state"]["step"] == 3
 
@@ -881,9 +881,8 @@ def test_a_full_disk_is_told_and_stops_no_training(runs, monkeypatch, capsys):
         save(*rest)
     monkeypatch.setattr(data, "save", failing)
     monkeypatch.setattr(tiny, "SAVE_EVERY", 0)
-    runs("a", "--steps", 6, "--rate", 1e4)
-    told = capsys.readouterr().err
-    assert told.count("No space left on device") == 3 and "diverged" in told
+    runs("a", "--steps", 6)
+    assert capsys.readouterr().err.count("No space left on device") == 3
     full[:] = [True] * 99
     with pytest.raises(data.Problem, match="the model is not in b"):
         runs("b", "--steps", 3)
@@ -933,12 +932,11 @@ def test_on_the_clock_the_rate_falls_to_0_and_the_second_epoch_is_told(runs, mon
 
 
 def test_bad_options_get_one_line():
-    for command, words in ((["--width", "30"], "multiple"), (["--context", "9"], "even"),
-                           (["--distill", "1"], "--plain"), (["--minutes", "0"], "--minutes"),
+    for command, words in ((["--width", "30"], "multiple"), (["--distill", "1"], "--plain"),
+                           (["--steps", "0"], "above 0"), (["--batch", "-1"], "above 0"),
                            (["--layers", "x"], "--layers")):
         refused(script("tiny.py", *command), words)
-    result = script("tiny.py", "--help")
-    assert result.returncode == 0 and "example: python tiny.py" in result.stdout
+    assert "example: python tiny.py" in script("tiny.py", "--help").stdout
 
 
 class Evil:  # a pickle that would create a folder when it is loaded
@@ -974,7 +972,7 @@ def fused(tmp_path_factory, texts):
     text = data.load(options(data=texts[1:2], valid=texts[3:]))
     model, _ = tiny.load_checkpoint(out)
     counting = ngram.NGram(5).fit(text.train)
-    fusion = sample.Fusion(model, sample.Fusion.NAMES, counting, text.train[:10_000])
+    fusion = sample.Fusion(model, ("ngram", "knn", "cache"), counting, text.train[:10_000])
     return fusion, text.valid[:4_000]
 
 
@@ -1115,6 +1113,8 @@ def test_a_judgement_from_stories_to_sign_test(finished, texts, monkeypatch, tmp
     assert f"{out}: 6\nmine.txt: 0\nties: 0\np: 0.0312" in told.out
     assert "another text" not in told.err
     refused(script(os.path.join(HERE, "sample.py"), "--tally", "nothing"), "No such file")
+    with pytest.raises(data.Problem, match="pairs.txt is there already"):
+        sample.main(["--judge", "real", "mine.txt", *more])
 
 
 def test_runs_of_all_kinds_tell_stories_from_the_same_prompts(finished, texts, capsys):

@@ -116,7 +116,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def think(self, x):
-        """Run the layers. x (B, T, C), T <= context -> (B, T, C)"""
+        """Run the layers. x (B, T, C), T at most context + 1 -> (B, T, C)"""
         T = x.shape[1]
         for block in self.blocks:
             x = block(x, self.cos[:T], self.sin[:T])
@@ -146,8 +146,8 @@ def pick(p, ids):
 # ---- 2. The model of words -----------------------------------------------------------------------
 # Layers over bytes cost much, and five minutes are too short to learn spelling by attention. So
 # here layers look at whole words, and everything smaller is left to a table: see `WordGPT`, last.
-# Which bytes belong to a word? ASCII letters, digits, the apostrophe, UTF-8 beyond ASCII. But the
-# first byte of a Chinese, Japanese or Korean character, 227 or more, stands for a space.
+# Letters are also digits, the apostrophe and UTF-8 beyond ASCII; but the first byte of a Chinese,
+# Japanese or Korean character, 227 or more, stands for a space.
 LETTER = [bytes([b]).isalnum() or b == ord("'") or 128 <= b < 227 for b in range(256)]
 LETTER = torch.tensor(LETTER)  # (256,) bool
 ODD = 6364136223846793005  # Knuth's, for MMIX; odd, so that multiplying mod 2^64 loses nothing
@@ -188,16 +188,15 @@ def find_words(ids):
     done = ends.cumsum(1)
     row, at = ends.nonzero(as_tuple=True)
     end = ids.new_zeros(B, max(1, done.max()))
-    end[row, done[row, at] - 1] = at
+    end[row, done[row, at] - 1] = at  # of row's first word, done is 1
     size = typed.gather(1, (end - 1).clamp(min=0))
     size = size * (end > 0)
     return Words(typed, prefix, done, end, size)
 
 
 # A byte looks up, in one large table, a vector for each of the contexts in which it stands: "after
-# the bytes ` wen`", "in a word that began `we`, after `she`", and so on. A context's row is its
-# hash, collisions and all (hashed n-gram embeddings, Svenstrup et al. 2017). Counting (ngram.py)
-# keeps up to 256 counts for each context; here it is C numbers, which mean whatever helps.
+# the bytes ` wen`", "in a word that began `we`, after `she`". A context's row is its hash,
+# collisions and all (Svenstrup et al. 2017): no count (ngram.py), but C numbers that help.
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes
 KINDS = len(GRAMS) + 4  # and four that are about words
 
@@ -212,14 +211,14 @@ def contexts(ids, words):
         if n in GRAMS:
             found.append(h[:, max(GRAMS) :])
     # In "once she wen": `wen`; `wen` after `she`; `wen` after `once she`; `wen`, two words after
-    # `once`. At the byte that ends a word, the byte stands for `wen`, and the word for `she`.
+    # `once`. At a byte that ends a word, as in "once she,": `,`; `,` after `she`; and so on.
     so_far = torch.where(words.typed > 0, words.prefix, ids - 256)
-    complete = words.prefix.gather(1, (words.end - 1).clamp(min=0))  # (B, W)
-    complete = complete * (words.size > 0)
-    complete = (complete ^ (complete >> 32)) * ODD  # or `ab` + `ba` would be `aa` + `bb`
-    complete = F.pad(complete, (2, 0))  # two words that are empty stand before the first
-    one = complete.gather(1, words.done + 1)
-    two = complete.gather(1, words.done)
+    whole = words.prefix.gather(1, (words.end - 1).clamp(min=0))  # (B, W), of complete words
+    whole = whole * (words.size > 0)
+    whole = (whole ^ (whole >> 32)) * ODD  # or `ab` after `cd` were `ac` after `bd`
+    whole = F.pad(whole, (2, 0))  # two words that are empty stand before the first
+    one = whole.gather(1, words.done + 1)  # the last complete word
+    two = whole.gather(1, words.done)  # the one before it
     pair = so_far * ODD + one
     triple = pair * ODD + two
     skip = so_far * ODD + two
@@ -236,14 +235,12 @@ class Memory(nn.Module):
     """A table with a vector for each context, by its hash, and its own optimizer.
 
     When a text is read again, a row that was learned nowhere but here gives away which byte came
-    here, and the model learns to trust what says nothing about new text. So a row is looked up, and
-    learned, only where its context was seen elsewhere. The memory counts at how many steps of the
-    first epoch each context was seen, and asks for 1 (the earlier steps were elsewhere); in later
-    epochs for 3: the first visit only counted the context, the second may have been this place,
-    the third was another. Rare contexts, which are most, do not fill the table either (McMahan et
-    al. 2013). It is a filter, no proof, as counters are shared: after 14 MB of stories 41 % are in
-    use, so as many of the contexts that are new pass. (With four times as many no score changes.)
-    """
+    here, and the model learns to trust what says nothing about new text. So a row is used only
+    where another place taught it. In the first epoch each context's visits are counted (one a step)
+    and 1 is enough: it was an earlier place. In later epochs it takes 3: visit 1 only counted,
+    visits 2 and 3 learned, and at most one of these was here. On new text 1 is enough. So rare
+    contexts, which are most, do not fill the table either (McMahan et al. 2013). Counters are
+    shared: after 14 MB of stories 41 % are in use, and as many new contexts pass for known."""
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS."""
         super().__init__()
@@ -260,7 +257,7 @@ class Memory(nn.Module):
         shape = hashes.shape[:-1]
         hashes = hashes.flatten(0, -2)  # (B T, K)
         counter = hashes >> (64 - COUNTER_BITS)  # the highest bits
-        counter = counter & (2**COUNTER_BITS - 1)  # without the sign
+        counter = counter % 2**COUNTER_BITS  # without the sign
         learning = torch.is_grad_enabled()
         needed = 1
         if learning and not self.first_epoch:
@@ -329,21 +326,22 @@ class Pointer(nn.Module):
         key = self.key(thoughts)
         score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, T, W)
         word = torch.arange(thoughts.shape[1], device=states.device)
-        complete = word < words.done[:, -states.shape[1] :, None]
-        complete = complete & (words.size > 0)[:, None]
-        score = score.masked_fill(~complete, -1e9)
+        readable = word < words.done[:, -states.shape[1] :, None]
+        readable = readable & (words.size > 0)[:, None]
+        score = score.masked_fill(~readable, -1e9)
         sentinel = query[..., :1] + 4  # + 4: at first as much as 55 words
         return torch.cat((sentinel, score), -1).softmax(-1)
 
     def forward(self, states, thoughts, words, log_head):
         """words: of T + 1 bytes; log_head (B, T): the log probability that the head gives to each
-        after the first -> log p (B, T), of the same"""
+        after the first -> log p (B, T), of the same. At the end of "Lily saw Tim. Ti" typed is 2:
+            first 0 5 9   size 4 3 3   there 1 6 10 (each word's second letter)   alike 0 0 1"""
         T = states.shape[1]
         typed = words.typed[:, :, None]  # (B, T + 1, 1)
         size = words.size[:, None]  # (B, 1, W)
         position = torch.arange(T + 1, device=typed.device)
-        before_word = position - words.typed
-        before_word = before_word.clamp(0, T - 1)  # (B, T + 1)
+        before_word = position - words.typed  # (B, T + 1), the byte before the word
+        before_word = before_word.clamp(0, T - 1)
         share = self.shares(take(states, before_word), thoughts, words)  # (B, T + 1, W + 1)
         # Which words begin with the letters so far? Those with the same hash of as many letters.
         first = words.end[:, None] - size  # (B, 1, W)
@@ -354,14 +352,17 @@ class Pointer(nn.Module):
         fits = share[..., 1:] * alike
         # What the head gives to the letters so far: a difference of running sums of logarithms.
         total = F.pad(log_head, (1, 0)).cumsum(1)
-        log_spelled = total - total.gather(1, before_word)  # (B, T + 1)
-        log_spelled = log_spelled + share[..., 0].log()
-        log_prefix = torch.logaddexp(log_spelled, log(fits.sum(-1)))  # P(prefix)
-        complete = (fits * (typed == size)).sum(-1)
-        complete = log(complete)[:, :-1] + log_head
-        letter = words.typed[:, 1:] > 0  # P(prefix + c), if c is one
-        goes_on = torch.where(letter, log_prefix[:, 1:], log_spelled[:, :-1] + log_head)
-        return torch.logaddexp(goes_on, complete) - log_prefix[:, :-1]
+        log_spelled = total - total.gather(1, before_word)  # (B, T + 1), of p_head(prefix)
+        log_spelled = log_spelled + share[..., 0].log()  # of a_0 p_head(prefix)
+        log_prefix = torch.logaddexp(log_spelled, log(fits.sum(-1)))  # of P(prefix)
+        # A letter makes a longer prefix; other bytes the head gives, for complete words as well.
+        whole = fits * (typed == size)
+        log_whole = log(whole.sum(-1))[:, :-1]
+        by_head = log_spelled[:, :-1] + log_head
+        is_letter = words.typed[:, 1:] > 0
+        log_next = torch.where(is_letter, log_prefix[:, 1:], by_head)
+        log_next = torch.logaddexp(log_next, log_whole + log_head)
+        return log_next - log_prefix[:, :-1]
 
 
 def log(x):
@@ -448,23 +449,23 @@ class WordGPT(GPT):
         x = self.look_up(ids, now, t + 1)  # from the byte before the word on
         states = norm(x * (1 + scale) + shift)
         head = F.log_softmax(self.head(states).float(), -1)  # (N, t + 1, 256)
-        # Which words begin with these letters, and how do they go on?
+        # As in Pointer.forward: which words begin with these letters, and how do they go on?
         first = (words.end - words.size)[0]  # (W,)
         last = seen.shape[1] - 1
-        prefix = words.prefix[0, (first + t - 1).clamp(0, last)]
-        fits = prefix == now.prefix[:, -1:]  # (N, W)
-        fits = fits & (words.size >= t) | (t == 0)
-        following = seen[0, (first + t).clamp(max=last)]
-        # What do the letters leave of the shares?
+        their_prefix = words.prefix[0, (first + t - 1).clamp(0, last)]  # (W,)
+        alike = their_prefix == now.prefix[:, -1:]  # (N, W)
+        alike = alike & (words.size >= t) | (t == 0)
+        following = seen[0, (first + t).clamp(max=last)]  # (W,)
+        # What do the letters leave of the shares? The head's is times p_head(prefix).
         log_spelled = pick(head[:, :t], spelled)
         log_spelled = log_spelled.sum(1, keepdim=True)  # (N, 1)
-        left = torch.cat((log_spelled, log(fits.float())), 1)
+        left = torch.cat((log_spelled, log(alike.float())), 1)
         left = (left + share.log()).softmax(-1)  # (N, W + 1)
         to_head, to_words = left.split([1, len(first)], 1)
-        complete = words.size <= t  # (1, W)
-        to_head = to_head + (to_words * complete).sum(1, keepdim=True)
+        whole = words.size <= t  # (1, W)
+        to_head = to_head + (to_words * whole).sum(1, keepdim=True)
         p = to_head * head[:, -1].exp()  # (N, 256)
-        return p.index_add(1, following, to_words * ~complete)
+        return p.index_add(1, following, to_words * ~whole)
 
     def next_byte(self, ids):
         """ids (1, n) int64 -> p (1, 256) of the byte after them"""
@@ -501,13 +502,14 @@ def next_word(model, ids, temperature, generator=None):
     reading, begun = model.read(ids)
     spelled = begun.repeat(CANDIDATES, 1)  # (N, t)
     log_p = torch.zeros(CANDIDATES)  # of each candidate, nats
-    length = torch.zeros(CANDIDATES, dtype=torch.int64)
-    going = torch.ones(CANDIDATES, dtype=torch.bool)
+    length = torch.full((CANDIDATES,), 0)
+    going = torch.full((CANDIDATES,), True)
     while going.any() and length.max() < LONGEST_WORD:
         p = model.spell(reading, spelled).cpu()  # (N, 256)
         byte = choose(p, generator=generator)  # (N,)
         spelled = torch.cat((spelled, byte[:, None].to(spelled.device)), 1)
-        log_p += going * p.gather(1, byte[:, None])[:, 0].log()
+        drawn = p.gather(1, byte[:, None])[:, 0]
+        log_p += going * drawn.log()
         length += going
         going &= LETTER[byte]
     chance = (log_p * (1 / temperature - 1)).softmax(0)  # (N,)
@@ -579,8 +581,8 @@ class Batches:
             return ids, None
         # The teacher has counted this very text; asked plainly it would recite it: leave one out.
         # Its text has no END in front, hence the 1.
-        target = position[:, 1:].ravel() - 1
-        q = self.teacher.probs(self.text[1:], target, leave_one_out=True)
+        target = position[:, 1:].ravel()
+        q = self.teacher.probs(self.text[1:], target - 1, leave_one_out=True)
         return ids, torch.from_numpy(q).view(self.batch, self.context, 256)
 
 
@@ -638,8 +640,7 @@ def train(args, start):
     """Train one model. start: the second at which the budget begins. -> the figures, a dict"""
     text = data.load(args, least=args.context + 1)
     start += text.waited  # seconds of download do not count
-    validated = min(300_000, 60_000 * args.minutes)  # bytes
-    valid = text.valid[: int(validated)]
+    valid = text.valid[: int(min(300_000, 1000 + 60_000 * args.minutes))]
     say(f"{text.source}: {len(text.train):,} bytes to learn from, {len(valid):,} to validate on")
     teacher, ngram_bpb = count_ngram(args, text.train, valid)  # it tells the first story
     torch.manual_seed(args.seed)
@@ -650,8 +651,7 @@ def train(args, start):
     run = Run(args, text, model, optimizers, state)  # saves; with --resume it restores, too
     if args.resume:
         start = time.monotonic() - state["spent"]  # setting up again was free
-    reserve = 2 * min(5, args.minutes)  # seconds, for validating and saving at the end
-    seconds = 60 * args.minutes - reserve
+    seconds = 60 * args.minutes - 2 * min(5, args.minutes)  # validating at the end takes some
 
     with stop_signals() as stop, tqdm(total=100, disable=None, leave=False) as bar:
         while True:
@@ -661,18 +661,17 @@ def train(args, start):
             progress = max(state["spent"] / seconds, state["step"] / batches.last_step)
             if args.steps:
                 progress = state["step"] / args.steps
-            if progress >= 1 or stop:
+            if progress >= 1 and state["step"] or stop:
                 break
             ids, distributions = batches.get(state["step"], taught=progress < args.distill)
             if not args.plain:
                 model.memory.first_epoch = state["step"] < batches.per_epoch
-            # Full speed for half the budget, then down to 0 in a straight line. (How many steps fit
-            # into the budget is not known beforehand.)
+            # Full speed for half the budget, then down to 0 in a straight line.
             factor = args.rate * min(1.0, 2 * (1 - progress))
             train_step(model, optimizers, ids, distributions, factor)
             state["step"] += 1
-            done = round(100 * progress)
-            bar.update(done - bar.n)
+            percent = round(100 * progress)
+            bar.update(percent - bar.n)
             if progress >= state["next_look"]:
                 state["next_look"] = min(part for part in LOOKS if part > progress)
                 look(model, valid, state, args.seed)  # evaluate, continue PROMPT
@@ -680,10 +679,11 @@ def train(args, start):
                 run.save()
         if stop:
             run.leave(stop[0])  # save, say how to go on, exit
+        saved = run.save(finished=True)
         look(model, valid, state, args.seed)
         bpb = round(evaluate(model, valid), 4)
         facts = dict(val_bpb=bpb, ngram_bpb=ngram_bpb, steps=state["step"])
-        return run.finish(facts, start)
+        return run.finish(facts, saved, start)
 
 
 # ==================================================================================================
@@ -717,14 +717,13 @@ def evaluate(model, text):
     for ids, scored in evaluation_windows(text, model.context):
         log_p, _ = model(ids.to(model.cos.device))
         found.append(log_p.cpu()[scored])
-    nats = -torch.cat(found).double().mean().item()
-    return nats / math.log(2)
+    nats = -torch.cat(found).double().mean()
+    return nats.item() / math.log(2)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024): every direction of a weight
-    matrix moves by the same amount, not only the few that dominate the gradient. For the matrices
-    inside a net. (torch.optim.Muon computes in bfloat16, which is slow on many CPUs.)"""
+    """Momentum whose update is made orthogonal (Jordan et al. 2024), so that every direction of a
+    matrix moves alike. (torch.optim.Muon computes in bfloat16, which is slow on many CPUs.)"""
     def __init__(self, parameters, lr=0.02, momentum=0.95):
         super().__init__(parameters, dict(lr=lr, momentum=momentum))
 
@@ -739,8 +738,8 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"].lerp_(w.grad, 1 - group["momentum"])
                 ahead = w.grad.lerp(momentum, group["momentum"])
                 update = orthogonalize(ahead)
-                size = max(1, w.shape[0] / w.shape[1]) ** 0.5  # Jordan's, for tall matrices
-                w.sub_(update, alpha=group["lr"] * size)
+                tall = max(1, w.shape[0] / w.shape[1])
+                w.sub_(update, alpha=group["lr"] * tall**0.5)  # Jordan's factor
 
 
 def orthogonalize(x):
@@ -752,7 +751,8 @@ def orthogonalize(x):
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        change = -4.7750 * gram + 2.0315 * gram @ gram
+        x = 3.4445 * x + change @ x
     return x
 
 
@@ -769,7 +769,7 @@ def count_ngram(args, text, valid):
     """Count an n-gram and let it tell the first story. -> NGram, its bits per byte"""
     counted = text
     if args.distill == 0:  # only a teacher must know all of it
-        counted = text[: int(min(15e6, 3e6 * max(1, args.minutes)))]
+        counted = text[: int(3e6 * min(5, args.minutes))]
     ngram = NGram(ORDER).fit(counted)
     bpb = ngram.bits_per_byte(valid)
     say(f"n-gram of order {ORDER}, {len(counted):,} bytes counted: {bpb:.3f} bits per byte")
@@ -788,7 +788,8 @@ def tell(model, prompt, length, seed):
 
 def look(model, valid, state, seed):
     """Evaluate on an eighth of the validation text, continue PROMPT, say what came out."""
-    bpb = evaluate(model, valid[: len(valid) // 8])
+    eighth = valid[: len(valid) // 8]
+    bpb = evaluate(model, eighth)
     story = tell(model, PROMPT, 40, seed).replace("\n", " ")
     say(f"{state['spent']:6.1f} s  step {state['step']:6,}  {bpb:.3f} bits per byte | {story}")
 
@@ -834,7 +835,8 @@ class Run:
         buffer = io.BytesIO()
         torch.save(content, buffer)
         try:
-            data.save(os.path.join(self.out, "model.pt"), buffer.getbuffer())
+            path = os.path.join(self.out, "model.pt")
+            data.save(path, buffer.getbuffer())
             return True
         except OSError as error:
             notice(f"no checkpoint was written: {error}")
@@ -848,20 +850,18 @@ class Run:
                 f"go on: python tiny.py {command}")
         sys.exit(128 + number)
 
-    def finish(self, facts, start):
-        """Save, tell a story, say the figures. -> the figures, a dict"""
-        saved = self.save(finished=True)
+    def finish(self, facts, saved, start):
+        """Tell a story, say the figures. -> the figures, a dict"""
         length = int(160 * min(5, self.options["minutes"]))
         story = tell(self.model, b"Once upon a time", length, self.options["seed"])
         say(f"\n{story}\n")
-        facts["seconds"] = round(time.monotonic() - start, 1)
+        seconds = time.monotonic() - start
+        facts["seconds"] = round(seconds, 1)
         for name, value in facts.items():
             say(f"{name}: {value}")
-        if not facts["val_bpb"] < 8:
-            notice("worse than knowing nothing, 8 bits: training diverged. Lower the --rate")
         if not saved:
             raise Problem(f"the model is not in {self.out}: see above")
-        say(f"\nmore stories: python sample.py --out {shlex.quote(self.out)}")
+        say(f"\nmore stories: python sample.py --out {self.out}")
         return facts
 
 
@@ -872,10 +872,11 @@ def stop_signals():
     def remember(number, frame):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
-    before = {}
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
-            before[number] = signal.signal(number, remember)
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, remember)
     try:
         yield stop
     finally:
@@ -887,22 +888,19 @@ def new_folder(out):
     """Make the folder `out`, or if that is there out-2, out-3, ... -> its name"""
     name = out = os.path.normpath(out)
     n = 1
-    while True:
-        try:
-            os.makedirs(name)  # of two runs that try, one succeeds
-            return name
-        except FileExistsError:
-            n += 1
-            name = f"{out}-{n}"
-            notice(f"{out} is there already; this run goes to {name}")
+    while os.path.exists(name):
+        n += 1
+        name = f"{out}-{n}"
+    os.makedirs(name)
+    say(f"the model goes to {name}")
+    return name
 
 
 def load_checkpoint(out):
-    """The model in the folder `out` -> GPT or WordGPT, the content of the file, a dict. Raises
-    Problem if there is none or it is not one of ours. (weights_only: it cannot run code.)"""
+    """The folder of a run -> GPT or WordGPT, the content of its file, a dict. Raises Problem."""
     path = os.path.join(out, "model.pt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
         model = new_model(content["options"])
         model.load_state_dict(content["weights"])
         return model, content
@@ -951,7 +949,8 @@ def main(argv=None, start=None):
     add("--distill", type=float, default=0.0, help="the part of the time in which the n-gram "
         "teaches, 0 to 1; with --plain")
     for name, value in DEFAULT.items():
-        add(f"--{name}", type=type(value), help=f"{value}, with --plain {PLAIN[name]}")
+        add(f"--{name}", type=type(value), default=argparse.SUPPRESS,
+            help=f"(default: {value}, with --plain {PLAIN[name]})")
     add("--seed", type=int, default=1, help="of all random numbers")
     add("--resume", metavar="DIR", help="go on with the run in DIR; give its other options again")
     add("--device", default="cpu", help="cpu, cuda or mps")
@@ -959,9 +958,12 @@ def main(argv=None, start=None):
     data.add_arguments(parser)
     args = parser.parse_args(argv)
     for name, value in [DEFAULT, PLAIN][args.plain].items():
-        setattr(args, name, getattr(args, name) or value)
-    if args.width % (2 * args.heads) or args.context % 2 or not args.minutes > 0:
-        parser.error("--width must be a multiple of 2 x heads, --context even, --minutes above 0")
+        vars(args).setdefault(name, value)
+    whole = [x for x in vars(args).values() if type(x) is int]
+    if min(whole) < 1 or not args.minutes > 0:
+        parser.error("give numbers above 0")
+    if args.width % (2 * args.heads) or args.context % 2:
+        parser.error("--width must be a multiple of 2 x heads, --context even")
     if args.distill and not args.plain:
         parser.error("--distill teaches the usual transformer: add --plain")
     prepare_cpu()
