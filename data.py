@@ -52,7 +52,7 @@ def difficulty(stories):
 
     The mean surprisal of a word w after the word v: -log2 p(w | v), p = (c(v w) - 0.75) / c(v),
     counted in the first stories, some 10 MB. (A count gives up 0.75 for the pairs that were not
-    seen: see ngram.py.) Pairs that were met once or never have 12 bits.
+    seen: see ngram.py.) Pairs met once or never have 12 bits, more than most others.
 
     >>> difficulty([b"The dog ran. The dog sat.", b"The dog ran.", b"A mauve dog mused."]).round(1)
     array([ 5.3,  1. , 12. ])"""

@@ -61,13 +61,13 @@ class Attention(nn.Module):
     """Every position looks at those up to itself and gathers what they say (Vaswani et al. 2017).
     Each head makes three vectors of each position's vector: a query (what am I looking for?), a key
     (what am I?) and a value (what do I tell whoever finds me?). Softmax turns a query's products
-    with all keys into attention weights, and what the head finds is the values' weighted sum."""
+    with all keys (over sqrt(D)) into weights; what the head finds is the values' weighted sum."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        nn.init.zeros_(self.out.weight)  # at step 0 a layer adds nothing and disturbs no gradient
+        nn.init.zeros_(self.out.weight)  # at step 0 a layer adds nothing
 
     def forward(self, x, cos, sin):
         """x (B, T, C); cos, sin (T, D/2): see rotate -> (B, T, C)"""
@@ -111,7 +111,7 @@ class GPT(nn.Module):
         nn.init.zeros_(self.head.weight)  # at step 0 it predicts 1/256 for every byte: 8 bits
         pairs = width // heads // 2
         frequency = 10000.0 ** (-torch.arange(pairs) / pairs)
-        angle = torch.arange(context + 1)[:, None] * frequency  # (context + 1, D/2)
+        angle = torch.arange(context + 1)[:, None] * frequency  # a row a position: (.., D/2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -123,8 +123,8 @@ class GPT(nn.Module):
         return norm(x)
 
     def forward(self, ids, full=False):
-        """How likely is each byte after the first? ids (B, T + 1) int64 -> log_p (B, T), nats, or
-        with full (B, T, 256), of all bytes that could stand there; the states (B, T, C)"""
+        """How likely is each byte after the first? ids (B, T + 1) int64 -> log_p (B, T), nats (bits
+        times ln 2), or with full (B, T, 256), of all bytes that could come; states (B, T, C)"""
         states = self.think(norm(self.embed(ids[:, :-1])))
         log_p = F.log_softmax(self.head(states).float(), -1)
         if full:
@@ -134,7 +134,7 @@ class GPT(nn.Module):
     def next_byte(self, ids):
         """ids (1, n) int64 -> p (1, 256) of the byte after them. (All of the window once more.)"""
         ids = ids[:, -self.context :].to(self.cos.device)
-        log_p, _ = self(F.pad(ids, (0, 1)), full=True)
+        log_p, _ = self(F.pad(ids, (0, 1)), full=True)  # the byte that is added is not looked at
         return log_p[:, -1].exp()
 
 
@@ -324,7 +324,7 @@ class Pointer(nn.Module):
         bytes before a word, for the last T bytes; thoughts (B, W, C) -> (B, T, W + 1)"""
         query = self.query(states)
         key = self.key(thoughts)
-        score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, T, W)
+        score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, T, W), as in attention
         word = torch.arange(thoughts.shape[1], device=states.device)
         readable = word < words.done[:, -states.shape[1] :, None]
         readable = readable & (words.size > 0)[:, None]
@@ -503,7 +503,7 @@ def next_word(model, ids, temperature, generator=None):
     spelled = begun.repeat(CANDIDATES, 1)  # (N, t)
     log_p = torch.zeros(CANDIDATES)  # of each candidate, nats
     length = torch.full((CANDIDATES,), 0)
-    going = torch.full((CANDIDATES,), True)
+    going = torch.full((CANDIDATES,), True)  # not ended; those that have grow on, unused
     while going.any() and length.max() < LONGEST_WORD:
         p = model.spell(reading, spelled).cpu()  # (N, 256)
         byte = choose(p, generator=generator)  # (N,)
