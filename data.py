@@ -237,7 +237,7 @@ def add_arguments(parser):
     """The options about text, the same for every script."""
     add = parser.add_argument
     add("--data", nargs="+", metavar="FILE", help="text to learn from, instead of TinyStories")
-    add("--valid", nargs="+", metavar="FILE", help="text held out, instead of the last 5%%")
+    add("--valid", nargs="+", metavar="FILE", help="text held out, instead of its end")
     add("--megabytes", type=float, default=100, help="how much to use, and to download")
     add("--keep", type=float, help=f"the part to read, the easiest: {KEEP}, of --data all")
 

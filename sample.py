@@ -4,8 +4,8 @@ You will know how other models are mixed in at generation (fusion), and how stor
 counting what goes wrong (a rubric), or by someone who does not know whose they are (a blind judge).
 
     python sample.py --prompt "One day, a cat" --n 3        stories
-    python sample.py --score plain+ngram+knn+cache          bits per byte, alone and fused
-    python sample.py --rubric plain plain+ngram+cache       what goes wrong, in numbers
+    python sample.py --score out+ngram+knn+cache            bits per byte, alone and fused
+    python sample.py --rubric real out                      what goes wrong, in numbers
     python sample.py --judge out mine.txt                   pairs of stories for a blind judge
     python sample.py --tally answers.txt                    which run the judge preferred
 
@@ -162,7 +162,7 @@ class Fusion:
 
     def next_byte(self, ids):
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
-        # The END in front goes to the end: it stands for the byte that is asked about.
+        # The END in front, which `moments` adds itself, goes to the end, for the byte to come.
         text = ids[0].roll(-1).numpy().astype(np.uint8)
         *_, (moment, _, _) = self.moments(text[-self.model.context :])
         last = Moment(*(x[-1:] for x in moment))

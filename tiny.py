@@ -212,7 +212,7 @@ def contexts(ids, words):
             found.append(h[:, max(GRAMS) :])
     # In "once she wen": `wen`; `wen` after `she`; `wen` after `once she`; `wen`, two words after
     # `once`. At a byte that ends a word, as in "once she,": `,`; `,` after `she`; and so on.
-    so_far = torch.where(words.typed > 0, words.prefix, ids - 256)
+    so_far = torch.where(words.typed > 0, words.prefix, ids - 256)  # a mark is no letter's hash
     whole = words.prefix.gather(1, (words.end - 1).clamp(min=0))  # (B, W), of complete words
     whole = whole * (words.size > 0)
     whole = (whole ^ (whole >> 32)) * ODD  # or `ab` after `cd` were `ac` after `bd`
@@ -236,11 +236,11 @@ class Memory(nn.Module):
 
     When a text is read again, a row that was learned nowhere but here gives away which byte came
     here, and the model learns to trust what says nothing about new text. So a row is used only
-    where another place taught it. In the first epoch each context's visits are counted (one a step)
-    and 1 is enough: it was an earlier place. In later epochs it takes 3: visit 1 only counted,
-    visits 2 and 3 learned, and at most one of these was here. On new text 1 is enough. So rare
-    contexts, which are most, do not fill the table either (McMahan et al. 2013). Counters are
-    shared: after 14 MB of stories 41 % are in use, and as many new contexts pass for known."""
+    where another place taught it. A context's visits are counted, one a step, in the first epoch;
+    the first only counts. There, and on new text, one visit before is enough. In later epochs it
+    takes three: the one that only counted, one that was this very place, and another. So rare
+    contexts, which are most, do not fill the table (McMahan et al. 2013). Counters are shared:
+    after 14 MB of stories 41 % are in use, and as many new contexts pass for known."""
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS."""
         super().__init__()
@@ -320,8 +320,8 @@ class Pointer(nn.Module):
         nn.init.zeros_(self.query.weight)
 
     def shares(self, states, thoughts, words):
-        """The softmax over the sentinel and the words that are complete. states (B, T, C): of the
-        bytes before a word, for the last T bytes; thoughts (B, W, C) -> (B, T, W + 1)"""
+        """The softmax over the sentinel and the words that are complete: thoughts (B, W, C);
+        states (B, T, C), for each of the last T bytes that before its word -> (B, T, W + 1)"""
         query = self.query(states)
         key = self.key(thoughts)
         score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, T, W), as in attention
@@ -341,7 +341,7 @@ class Pointer(nn.Module):
         size = words.size[:, None]  # (B, 1, W)
         position = torch.arange(T + 1, device=typed.device)
         before_word = position - words.typed  # (B, T + 1), the byte before the word
-        before_word = before_word.clamp(0, T - 1)
+        before_word = before_word.clamp(0, T - 1)  # 0: the window begins within this word
         share = self.shares(take(states, before_word), thoughts, words)  # (B, T + 1, W + 1)
         # Which words begin with the letters so far? Those with the same hash of as many letters.
         first = words.end[:, None] - size  # (B, 1, W)
@@ -462,7 +462,7 @@ class WordGPT(GPT):
         left = torch.cat((log_spelled, log(alike.float())), 1)
         left = (left + share.log()).softmax(-1)  # (N, W + 1)
         to_head, to_words = left.split([1, len(first)], 1)
-        whole = words.size <= t  # (1, W)
+        whole = words.size <= t  # (1, W); those alike then have t letters
         to_head = to_head + (to_words * whole).sum(1, keepdim=True)
         p = to_head * head[:, -1].exp()  # (N, 256)
         return p.index_add(1, following, to_words * ~whole)
@@ -496,8 +496,8 @@ def next_word(model, ids, temperature, generator=None):
     A temperature per byte is not a temperature per word. Say `park` has 0.25, and four words with b
     have 0.08 each. Sharpened byte by byte, b (0.32) beats p (0.25), and the story goes on with a
     word that is not the likeliest. What we want is a word with a probability proportional to
-    p(word)^(1/t), for a temperature t. Drawing several candidates from the model as it is gives
-    p(word); keeping one in proportion to p(word)^(1/t - 1) makes that p(word)^(1/t) (importance
+    p(word)^(1/temperature). Drawing several candidates from the model as it is gives p(word);
+    keeping one in proportion to p(word)^(1/temperature - 1) makes up for the rest (importance
     resampling, Rubin 1987; exact with infinitely many candidates)."""
     reading, begun = model.read(ids)
     spelled = begun.repeat(CANDIDATES, 1)  # (N, t)
@@ -539,7 +539,7 @@ def generate(model, prompt, length=1000, temperature=TEMPERATURE, generator=None
 
 # ---- 4. What is trained on -----------------------------------------------------------------------
 
-EPOCHS = 4  # a run ends after this many: more teach little
+EPOCHS = 4  # a run ends after this many
 LEAST = 250_000  # bytes; on a shorter text a run ends only after the steps that these would take
 
 
@@ -661,7 +661,7 @@ def train(args, start):
             progress = max(state["spent"] / seconds, state["step"] / batches.last_step)
             if args.steps:
                 progress = state["step"] / args.steps
-            if progress >= 1 and state["step"] or stop:
+            if progress >= 1 or stop:
                 break
             ids, distributions = batches.get(state["step"], taught=progress < args.distill)
             if not args.plain:
@@ -855,10 +855,11 @@ class Run:
         length = int(160 * min(5, self.options["minutes"]))
         story = tell(self.model, b"Once upon a time", length, self.options["seed"])
         say(f"\n{story}\n")
-        seconds = time.monotonic() - start
-        facts["seconds"] = round(seconds, 1)
+        facts["seconds"] = round(time.monotonic() - start, 1)
         for name, value in facts.items():
             say(f"{name}: {value}")
+        if facts["steps"] == 0:
+            notice("setting up took all of the time: give more --minutes")
         if not saved:
             raise Problem(f"the model is not in {self.out}: see above")
         say(f"\nmore stories: python sample.py --out {self.out}")
