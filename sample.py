@@ -110,7 +110,7 @@ class Fusion:
             elif name == "knn":
                 keys = []
                 values = []
-                for moment, target, _ in self.moments(text[:DATASTORE]):
+                for moment, target, _ in moments(self, text[:DATASTORE]):
                     keys.append(moment.state)
                     values.append(target)
                 store = dict(keys=torch.cat(keys), values=torch.cat(values))  # (M, C), (M,)
@@ -121,36 +121,10 @@ class Fusion:
                 raise Problem(f"there is no head {name!r}: they are ngram, knn and cache")
         self.weights = np.ones(1 + len(self.heads)) / (1 + len(self.heads))  # until `fit`
 
-    @torch.no_grad()
-    def moments(self, text):
-        """Read text, (n,) uint8, as tiny.evaluate does, each byte once, in order. Yields, for the B
-        scored positions of a window, the Moment, target (B,) and the transformer's p (B,) of it.
-        Here the second half of a window is scored, and | stands for END:
-            position   0  1  2  3  4  5
-            ids        a  b  |  c  d  e
-            target     b  |  c  d  e  f
-            followed  -1 -1  c  d -1 -1   in the row of position 4, whose target is e
-            recent           |  c  d      in the same row, if R is 3"""
-        padded = np.concatenate((np.full(self.reach, END, np.uint8), text))
-        recent = np.lib.stride_tricks.sliding_window_view(padded, self.reach)  # [i]: before text[i]
-        done = 0
-        for ids, scored in evaluation_windows(text, self.model.context, batch=1):
-            log_p, states = self.model(ids)
-            ids, target = ids[0, :-1], ids[0, 1:]
-            position = torch.arange(len(ids))
-            begin = torch.where(ids == END, position, 0).cummax(0).values  # of the story there
-            t = scored[0].nonzero()  # (B, 1)
-            visible = (position < t) & (position >= begin[t])  # (B, P): earlier, in the same story
-            past = states.expand(len(t), -1, -1)  # the whole window, masked by `followed`
-            followed = torch.where(visible, target, -1)
-            moment = Moment(states[scored], past, followed, recent[done : done + len(t)])
-            done += len(t)
-            yield moment, target[scored[0]], log_p[scored].exp()
-
     def target_probs(self, text):
         """What the transformer and each head gave to each byte of text. -> (n, 1 + heads)"""
         rows = []
-        for moment, target, p in tqdm(self.moments(text), leave=False, disable=None):
+        for moment, target, p in tqdm(moments(self, text), leave=False, disable=None):
             of_heads = [head(moment).gather(1, target[:, None]) for head in self.heads.values()]
             rows.append(torch.cat((p[:, None], *of_heads), 1))
         return torch.cat(rows).double().numpy()
@@ -164,7 +138,7 @@ class Fusion:
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
         # The END in front, which `moments` adds itself, goes to the end, for the byte to come.
         text = ids[0].roll(-1).numpy().astype(np.uint8)
-        *_, (moment, _, _) = self.moments(text[-self.model.context :])
+        *_, (moment, _, _) = moments(self, text[-self.model.context :])
         last = Moment(*(x[-1:] for x in moment))
         heads = [head(last) for head in self.heads.values()]
         p = torch.cat((self.model.next_byte(ids), *heads))  # (1 + heads, 256)
@@ -294,8 +268,35 @@ def sign_test(wins, losses):
 
 
 # ==================================================================================================
-# You may stop reading here. What follows finds the stories of a run and prints tables.
+# You may stop reading here. What follows finds the moments and stories of a run, and prints tables.
 # ==================================================================================================
+
+@torch.no_grad()
+def moments(fusion, text):
+    """Read text, (n,) uint8, as tiny.evaluate does, each byte once, in order. Yields, for the B
+    scored positions of a window, the Moment, target (B,) and the transformer's p (B,) of it.
+    Here the second half of a window is scored, and | stands for END:
+        position   0  1  2  3  4  5
+        ids        a  b  |  c  d  e
+        target     b  |  c  d  e  f
+        followed  -1 -1  c  d -1 -1   in the row of position 4, whose target is e
+        recent           |  c  d      in the same row, if R is 3"""
+    padded = np.concatenate((np.full(fusion.reach, END, np.uint8), text))
+    recent = np.lib.stride_tricks.sliding_window_view(padded, fusion.reach)  # [i]: before text[i]
+    done = 0
+    for ids, scored in evaluation_windows(text, fusion.model.context, batch=1):
+        log_p, states = fusion.model(ids)
+        ids, target = ids[0, :-1], ids[0, 1:]
+        position = torch.arange(len(ids))
+        begin = torch.where(ids == END, position, 0).cummax(0).values  # of the story there
+        t = scored[0].nonzero()  # (B, 1)
+        visible = (position < t) & (position >= begin[t])  # (B, P): earlier, in the same story
+        past = states.expand(len(t), -1, -1)  # the whole window, masked by `followed`
+        followed = torch.where(visible, target, -1)
+        moment = Moment(states[scored], past, followed, recent[done : done + len(t)])
+        done += len(t)
+        yield moment, target[scored[0]], log_p[scored].exp()
+
 
 def open_run(run, text):
     """ "out" or "out+ngram+cache" -> GPT, WordGPT or Fusion"""

@@ -979,7 +979,7 @@ def fused(tmp_path_factory, texts):
 def test_every_head_is_a_distribution_and_sees_its_own_story_only(fused):
     fusion, valid = fused
     seen = 0
-    for moment, target, p in fusion.moments(valid[:700]):
+    for moment, target, p in sample.moments(fusion, valid[:700]):
         for head in fusion.heads.values():
             q = head(moment)
             assert q.shape == (len(target), 256) and q.min() > 0

@@ -154,11 +154,6 @@ ODD = 6364136223846793005  # Knuth's, for MMIX; odd, so that multiplying mod 2^6
 LONGEST_WORD = 24  # bytes of a word that its hash covers, and that a candidate has at most
 
 
-def previous(x):
-    """At each byte what x has at the byte before it, 0 at the first. (B, T) -> (B, T)"""
-    return F.pad(x[:, :-1], (1, 0))
-
-
 class Words(NamedTuple):
     """Where the words of a text are: `find_words`. For "Once she, wen", _ is a space:
         byte      O  n  c  e  _  s  h  e  ,  _  w  e  n
@@ -171,63 +166,11 @@ class Words(NamedTuple):
     size: torch.Tensor  # (B, W) how many letters each word has
 
 
-def find_words(ids):
-    """ids (B, T) int64 -> Words. A text with fewer words than another has zeros in their place."""
-    B, T = ids.shape
-    letter = LETTER.to(ids.device)[ids]
-    # Horner's rule: a letter more makes the hash times ODD, plus that letter. All bytes do this
-    # together; after n rounds each has the hash of the last n letters, or of its word so far.
-    prefix = torch.zeros_like(ids)
-    for _ in range(LONGEST_WORD):
-        prefix = (previous(prefix) * ODD + ids + 1) * letter
-    position = torch.arange(T, device=ids.device).expand(B, T)
-    last_gap = position.masked_fill(letter, -1).cummax(1).values  # the last byte that is no letter
-    typed = position - last_gap
-    ends = ~letter & previous(letter)
-    ends = ends | (ids == END)  # an END ends a story's last word, if only ""
-    done = ends.cumsum(1)
-    row, at = ends.nonzero(as_tuple=True)
-    end = ids.new_zeros(B, max(1, done.max()))
-    end[row, done[row, at] - 1] = at  # of row's first word, done is 1
-    size = typed.gather(1, (end - 1).clamp(min=0))
-    size = size * (end > 0)
-    return Words(typed, prefix, done, end, size)
-
-
 # A byte looks up, in one large table, a vector for each of the contexts in which it stands: "after
 # the bytes ` wen`", "in a word that began `we`, after `she`". A context's row is its hash,
 # collisions and all (Svenstrup et al. 2017): no count (ngram.py), but C numbers that help.
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes
 KINDS = len(GRAMS) + 4  # and four that are about words
-
-
-def contexts(ids, words):
-    """Hash the contexts that each byte completes: ids (B, T), Words -> (B, T, K) int64."""
-    text = F.pad(ids, (max(GRAMS), 0), value=END)  # END stands before the window
-    found = []
-    h = torch.zeros_like(text)
-    for n in range(1, max(GRAMS) + 1):
-        h = previous(h) * ODD + text + 1  # Horner's rule again: the last n bytes
-        if n in GRAMS:
-            found.append(h[:, max(GRAMS) :])
-    # In "once she wen": `wen`; `wen` after `she`; `wen` after `once she`; `wen`, two words after
-    # `once`. At a byte that ends a word, as in "once she,": `,`; `,` after `she`; and so on.
-    so_far = torch.where(words.typed > 0, words.prefix, ids - 256)  # a mark is no letter's hash
-    whole = words.prefix.gather(1, (words.end - 1).clamp(min=0))  # (B, W), of complete words
-    whole = whole * (words.size > 0)
-    whole = (whole ^ (whole >> 32)) * ODD  # or `ab` after `cd` were `ac` after `bd`
-    whole = F.pad(whole, (2, 0))  # two words that are empty stand before the first
-    one = whole.gather(1, words.done + 1)  # the last complete word
-    two = whole.gather(1, words.done)  # the one before it
-    pair = so_far * ODD + one
-    triple = pair * ODD + two
-    skip = so_far * ODD + two
-    found += [so_far, pair, triple, skip]
-    kind = torch.arange(KINDS, device=ids.device) << 56  # the same bytes in another kind differ
-    found = torch.stack(found, -1) + kind
-    return found * ODD  # this carries every bit to the highest ones
-
-
 COUNTER_BITS = 24  # of a hash, the highest, say which counter is a context's own; 19, which row
 
 
@@ -692,7 +635,62 @@ def train(args, start):
 # ==================================================================================================
 
 
-# ---- 6. Bits per byte, and Muon ------------------------------------------------------------------
+# ---- 6. Words found, contexts hashed, bits counted, and Muon -------------------------------------
+
+def previous(x):
+    """At each byte what x has at the byte before it, 0 at the first. (B, T) -> (B, T)"""
+    return F.pad(x[:, :-1], (1, 0))
+
+
+def find_words(ids):
+    """ids (B, T) int64 -> Words. A text with fewer words than another has zeros in their place."""
+    B, T = ids.shape
+    letter = LETTER.to(ids.device)[ids]
+    # Horner's rule: a letter more makes the hash times ODD, plus that letter. All bytes do this
+    # together; after n rounds each has the hash of the last n letters, or of its word so far.
+    prefix = torch.zeros_like(ids)
+    for _ in range(LONGEST_WORD):
+        prefix = (previous(prefix) * ODD + ids + 1) * letter
+    position = torch.arange(T, device=ids.device).expand(B, T)
+    last_gap = position.masked_fill(letter, -1).cummax(1).values  # the last byte that is no letter
+    typed = position - last_gap
+    ends = ~letter & previous(letter)
+    ends = ends | (ids == END)  # an END ends a story's last word, if only ""
+    done = ends.cumsum(1)
+    row, at = ends.nonzero(as_tuple=True)
+    end = ids.new_zeros(B, max(1, done.max()))
+    end[row, done[row, at] - 1] = at  # of row's first word, done is 1
+    size = typed.gather(1, (end - 1).clamp(min=0))
+    size = size * (end > 0)
+    return Words(typed, prefix, done, end, size)
+
+
+def contexts(ids, words):
+    """Hash the contexts that each byte completes: ids (B, T), Words -> (B, T, K) int64."""
+    text = F.pad(ids, (max(GRAMS), 0), value=END)  # END stands before the window
+    found = []
+    h = torch.zeros_like(text)
+    for n in range(1, max(GRAMS) + 1):
+        h = previous(h) * ODD + text + 1  # Horner's rule again: the last n bytes
+        if n in GRAMS:
+            found.append(h[:, max(GRAMS) :])
+    # In "once she wen": `wen`; `wen` after `she`; `wen` after `once she`; `wen`, two words after
+    # `once`. At a byte that ends a word, as in "once she,": `,`; `,` after `she`; and so on.
+    so_far = torch.where(words.typed > 0, words.prefix, ids - 256)  # a mark is no letter's hash
+    whole = words.prefix.gather(1, (words.end - 1).clamp(min=0))  # (B, W), of complete words
+    whole = whole * (words.size > 0)
+    whole = (whole ^ (whole >> 32)) * ODD  # or `ab` after `cd` were `ac` after `bd`
+    whole = F.pad(whole, (2, 0))  # two words that are empty stand before the first
+    one = whole.gather(1, words.done + 1)  # the last complete word
+    two = whole.gather(1, words.done)  # the one before it
+    pair = so_far * ODD + one
+    triple = pair * ODD + two
+    skip = so_far * ODD + two
+    found += [so_far, pair, triple, skip]
+    kind = torch.arange(KINDS, device=ids.device) << 56  # the same bytes in another kind differ
+    found = torch.stack(found, -1) + kind
+    return found * ODD  # this carries every bit to the highest ones
+
 
 def evaluation_windows(text, context, batch=16):
     """Cut text, (n,) uint8, so that each byte is scored once, and with at least half a context: the
