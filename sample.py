@@ -110,7 +110,7 @@ class Fusion:
             elif name == "knn":
                 keys = []
                 values = []
-                for moment, target, _ in moments(self, text[:DATASTORE]):
+                for moment, target, _ in moments(self, text[:DATASTORE]):  # see below
                     keys.append(moment.state)
                     values.append(target)
                 store = dict(keys=torch.cat(keys), values=torch.cat(values))  # (M, C), (M,)
@@ -136,7 +136,8 @@ class Fusion:
 
     def next_byte(self, ids):
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
-        # The END in front, which `moments` adds itself, goes to the end, for the byte to come.
+        # `moments` puts an END in front itself. The one here goes to the end, as a target that
+        # stands for the byte to come: the last Moment is the one before it.
         text = ids[0].roll(-1).numpy().astype(np.uint8)
         *_, (moment, _, _) = moments(self, text[-self.model.context :])
         last = Moment(*(x[-1:] for x in moment))

@@ -168,7 +168,8 @@ class Words(NamedTuple):
 
 # A byte looks up, in one large table, a vector for each of the contexts in which it stands: "after
 # the bytes ` wen`", "in a word that began `we`, after `she`". A context's row is its hash,
-# collisions and all (Svenstrup et al. 2017): no count (ngram.py), but C numbers that help.
+# collisions and all (Svenstrup et al. 2017): no count (ngram.py), but C numbers that help. (How
+# words are found and contexts are hashed: section 6.)
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes
 KINDS = len(GRAMS) + 4  # and four that are about words
 COUNTER_BITS = 24  # of a hash, the highest, say which counter is a context's own; 19, which row
@@ -178,10 +179,10 @@ class Memory(nn.Module):
     """A table with a vector for each context, by its hash, and its own optimizer.
 
     When a text is read again, a row that was learned nowhere but here gives away which byte came
-    here, and the model learns to trust what says nothing about new text. So a row is used only
-    where another place taught it. A context's visits are counted, one a step, in the first epoch;
-    the first only counts. There, and on new text, one visit before is enough. In later epochs it
-    takes three: the one that only counted, one that was this very place, and another. So rare
+    here, and the model learns to trust what says nothing about new text. So rows are used with
+    care. In the first epoch the memory counts at how many steps each context came. The first visit
+    only counts; from the second on its row is used and learns. In later epochs this very place was
+    one of the visits, so it takes three: one that only counted, this one, another. So rare
     contexts, which are most, do not fill the table (McMahan et al. 2013). Counters are shared:
     after 14 MB of stories 41 % are in use, and as many new contexts pass for known."""
     def __init__(self, width, rows):
@@ -263,13 +264,13 @@ class Pointer(nn.Module):
         nn.init.zeros_(self.query.weight)
 
     def shares(self, states, thoughts, words):
-        """The softmax over the sentinel and the words that are complete: thoughts (B, W, C);
-        states (B, T, C), for each of the last T bytes that before its word -> (B, T, W + 1)"""
+        """The softmax over sentinel and complete words. states (B, T, C): for each of the last T
+        bytes, of the byte before its word; thoughts (B, W, C) -> (B, T, W + 1)"""
         query = self.query(states)
         key = self.key(thoughts)
         score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, T, W), as in attention
         word = torch.arange(thoughts.shape[1], device=states.device)
-        readable = word < words.done[:, -states.shape[1] :, None]
+        readable = word < words.done[:, -states.shape[1] :, None]  # the same within a word
         readable = readable & (words.size > 0)[:, None]
         score = score.masked_fill(~readable, -1e9)
         sentinel = query[..., :1] + 4  # + 4: at first as much as 55 words
@@ -284,7 +285,7 @@ class Pointer(nn.Module):
         size = words.size[:, None]  # (B, 1, W)
         position = torch.arange(T + 1, device=typed.device)
         before_word = position - words.typed  # (B, T + 1), the byte before the word
-        before_word = before_word.clamp(0, T - 1)  # 0: the window begins within this word
+        before_word = before_word.clamp(0, T - 1)  # where the window begins within a word
         share = self.shares(take(states, before_word), thoughts, words)  # (B, T + 1, W + 1)
         # Which words begin with the letters so far? Those with the same hash of as many letters.
         first = words.end[:, None] - size  # (B, 1, W)
@@ -384,8 +385,8 @@ class WordGPT(GPT):
 
     def spell(self, reading, spelled):
         """What comes next in each candidate? spelled (N, t) int64: its t letters -> p (N, 256)"""
-        seen, words, film, share = reading
-        N, t = spelled.shape
+        seen, words, film, share = reading  # words: of seen alone; now: with the letters
+        N, t = spelled.shape  # (what is said of a candidate that has ended means nothing)
         ids = torch.cat((seen.expand(N, -1), spelled), 1)
         now = find_words(ids)
         scale, shift = film.chunk(2, -1)
@@ -679,9 +680,9 @@ def contexts(ids, words):
     so_far = torch.where(words.typed > 0, words.prefix, ids - 256)  # a mark is no letter's hash
     whole = words.prefix.gather(1, (words.end - 1).clamp(min=0))  # (B, W), of complete words
     whole = whole * (words.size > 0)
-    whole = (whole ^ (whole >> 32)) * ODD  # or `ab` after `cd` were `ac` after `bd`
-    whole = F.pad(whole, (2, 0))  # two words that are empty stand before the first
-    one = whole.gather(1, words.done + 1)  # the last complete word
+    whole = (whole ^ (whole >> 32)) * ODD  # else `ab` after `cd` were `ac` after `bd`: the same sum
+    whole = F.pad(whole, (2, 0))  # two empty words come first: word k stands at k + 2
+    one = whole.gather(1, words.done + 1)  # the last complete word, number done - 1
     two = whole.gather(1, words.done)  # the one before it
     pair = so_far * ODD + one
     triple = pair * ODD + two
