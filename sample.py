@@ -136,8 +136,7 @@ class Fusion:
 
     def next_byte(self, ids):
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
-        # `moments` puts an END in front itself. The one here goes to the end, as a target that
-        # stands for the byte to come: the last Moment is the one before it.
+        # `| a b` becomes `a b |`: moments puts an END in front; the last | is the byte to come.
         text = ids[0].roll(-1).numpy().astype(np.uint8)
         *_, (moment, _, _) = moments(self, text[-self.model.context :])
         last = Moment(*(x[-1:] for x in moment))

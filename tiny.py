@@ -181,10 +181,10 @@ class Memory(nn.Module):
     When a text is read again, a row that was learned nowhere but here gives away which byte came
     here, and the model learns to trust what says nothing about new text. So rows are used with
     care. In the first epoch the memory counts at how many steps each context came. The first visit
-    only counts; from the second on its row is used and learns. In later epochs this very place was
-    one of the visits, so it takes three: one that only counted, this one, another. So rare
-    contexts, which are most, do not fill the table (McMahan et al. 2013). Counters are shared:
-    after 14 MB of stories 41 % are in use, and as many new contexts pass for known."""
+    only counts; from the second on its row is used and learns. In later epochs one of the visits
+    was this very place, and one only counted, so a row is used if there were three; on new text if
+    there was one. So rare contexts, which are most, do not fill the table (McMahan et al. 2013).
+    Counters are shared: after 14 MB 41 % are in use, and as many new contexts pass for known."""
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS."""
         super().__init__()
@@ -256,7 +256,7 @@ class Pointer(nn.Module):
         Tim    0.3             for the letter m
         head   0.5 x 0.02      for all bytes, as the head sees fit: 3 % of the sum
 
-    WordGPT.spell computes this for one word, `forward` here for every word of a window."""
+    WordGPT.spell computes this for one word, `log_next` (section 6) for all words of a window."""
     def __init__(self, width):
         super().__init__()
         self.query = nn.Linear(width, width // 2 + 1, bias=False)  # one more: the sentinel's score
@@ -275,38 +275,6 @@ class Pointer(nn.Module):
         score = score.masked_fill(~readable, -1e9)
         sentinel = query[..., :1] + 4  # + 4: at first as much as 55 words
         return torch.cat((sentinel, score), -1).softmax(-1)
-
-    def forward(self, states, thoughts, words, log_head):
-        """words: of T + 1 bytes; log_head (B, T): the log probability that the head gives to each
-        after the first -> log p (B, T), of the same. At the end of "Lily saw Tim. Ti" typed is 2:
-            first 0 5 9   size 4 3 3   there 1 6 10 (each word's second letter)   alike 0 0 1"""
-        T = states.shape[1]
-        typed = words.typed[:, :, None]  # (B, T + 1, 1)
-        size = words.size[:, None]  # (B, 1, W)
-        position = torch.arange(T + 1, device=typed.device)
-        before_word = position - words.typed  # (B, T + 1), the byte before the word
-        before_word = before_word.clamp(0, T - 1)  # where the window begins within a word
-        share = self.shares(take(states, before_word), thoughts, words)  # (B, T + 1, W + 1)
-        # Which words begin with the letters so far? Those with the same hash of as many letters.
-        first = words.end[:, None] - size  # (B, 1, W)
-        there = (first + typed - 1).clamp(0, T)  # (B, T + 1, W)
-        their_prefix = words.prefix.gather(1, there.flatten(1)).view_as(there)
-        alike = their_prefix == words.prefix[:, :, None]
-        alike = alike & (typed <= size) | (typed == 0)
-        fits = share[..., 1:] * alike
-        # What the head gives to the letters so far: a difference of running sums of logarithms.
-        total = F.pad(log_head, (1, 0)).cumsum(1)
-        log_spelled = total - total.gather(1, before_word)  # (B, T + 1), of p_head(prefix)
-        log_spelled = log_spelled + share[..., 0].log()  # of a_0 p_head(prefix)
-        log_prefix = torch.logaddexp(log_spelled, log(fits.sum(-1)))  # of P(prefix)
-        # A letter makes a longer prefix; other bytes the head gives, for complete words as well.
-        whole = fits * (typed == size)
-        log_whole = log(whole.sum(-1))[:, :-1]
-        by_head = log_spelled[:, :-1] + log_head
-        is_letter = words.typed[:, 1:] > 0
-        log_next = torch.where(is_letter, log_prefix[:, 1:], by_head)
-        log_next = torch.logaddexp(log_next, log_whole + log_head)
-        return log_next - log_prefix[:, :-1]
 
 
 def log(x):
@@ -364,7 +332,7 @@ class WordGPT(GPT):
         states = states[:, :-1]
         head = F.log_softmax(self.head(states).float(), -1)  # (B, T, 256)
         log_head = pick(head, ids[:, 1:])  # (B, T)
-        return self.pointer(states, thoughts, words, log_head), states
+        return log_next(self.pointer, states, thoughts, words, log_head), states
 
     # When sampling, a candidate for the next word completes no word before it ends. So while it is
     # spelled, all that the layers say stays the same: `read` computes it, `spell` has no attention.
@@ -393,14 +361,14 @@ class WordGPT(GPT):
         x = self.look_up(ids, now, t + 1)  # from the byte before the word on
         states = norm(x * (1 + scale) + shift)
         head = F.log_softmax(self.head(states).float(), -1)  # (N, t + 1, 256)
-        # As in Pointer.forward: which words begin with these letters, and how do they go on?
+        # Which words begin with these letters (`Ti`: 0 0 1), and how do they go on (l w m)?
         first = (words.end - words.size)[0]  # (W,)
         last = seen.shape[1] - 1
         their_prefix = words.prefix[0, (first + t - 1).clamp(0, last)]  # (W,)
         alike = their_prefix == now.prefix[:, -1:]  # (N, W)
         alike = alike & (words.size >= t) | (t == 0)
         following = seen[0, (first + t).clamp(max=last)]  # (W,)
-        # What do the letters leave of the shares? The head's is times p_head(prefix).
+        # What do the letters leave of the shares (head 0.03, Tim 0.97)? The head's: a_0 p_head(Ti).
         log_spelled = pick(head[:, :t], spelled)
         log_spelled = log_spelled.sum(1, keepdim=True)  # (N, 1)
         left = torch.cat((log_spelled, log(alike.float())), 1)
@@ -636,7 +604,7 @@ def train(args, start):
 # ==================================================================================================
 
 
-# ---- 6. Words found, contexts hashed, bits counted, and Muon -------------------------------------
+# ---- 6. Words and contexts in numbers, the pointer for all words, bits per byte, Muon ------------
 
 def previous(x):
     """At each byte what x has at the byte before it, 0 at the first. (B, T) -> (B, T)"""
@@ -691,6 +659,39 @@ def contexts(ids, words):
     kind = torch.arange(KINDS, device=ids.device) << 56  # the same bytes in another kind differ
     found = torch.stack(found, -1) + kind
     return found * ODD  # this carries every bit to the highest ones
+
+
+def log_next(pointer, states, thoughts, words, log_head):
+    """The pointer's formula for all words at once. words: of T + 1 bytes; log_head (B, T): what the
+    head gives to each after the first -> log p (B, T) of these. At the end of "Lily saw Tim. Ti":
+        typed 2   first 0 5 9   size 4 3 3   there 1 6 10 (the second letters)   alike 0 0 1"""
+    T = states.shape[1]
+    typed = words.typed[:, :, None]  # (B, T + 1, 1)
+    size = words.size[:, None]  # (B, 1, W)
+    position = torch.arange(T + 1, device=typed.device)
+    before_word = position - words.typed  # (B, T + 1), the byte before the word
+    before_word = before_word.clamp(0, T - 1)  # where the window begins within a word
+    share = pointer.shares(take(states, before_word), thoughts, words)  # (B, T + 1, W + 1)
+    # Which words begin with the letters so far? Those with the same hash of as many letters.
+    first = words.end[:, None] - size  # (B, 1, W)
+    there = (first + typed - 1).clamp(0, T)  # (B, T + 1, W)
+    their_prefix = words.prefix.gather(1, there.flatten(1)).view_as(there)
+    alike = their_prefix == words.prefix[:, :, None]
+    alike = alike & (typed <= size) | (typed == 0)
+    fits = share[..., 1:] * alike
+    # What the head gives to the letters so far: a difference of running sums of logarithms.
+    total = F.pad(log_head, (1, 0)).cumsum(1)
+    log_spelled = total - total.gather(1, before_word)  # (B, T + 1), of p_head(prefix)
+    log_spelled = log_spelled + share[..., 0].log()  # of a_0 p_head(prefix)
+    log_prefix = torch.logaddexp(log_spelled, log(fits.sum(-1)))  # of P(prefix)
+    # c a letter: P(prefix + c); else a_0 p_head(prefix) p_head(c). And what complete words give.
+    whole = fits * (typed == size)
+    log_whole = log(whole.sum(-1))[:, :-1]
+    by_head = log_spelled[:, :-1] + log_head
+    is_letter = words.typed[:, 1:] > 0
+    log_next = torch.where(is_letter, log_prefix[:, 1:], by_head)
+    log_next = torch.logaddexp(log_next, log_whole + log_head)
+    return log_next - log_prefix[:, :-1]
 
 
 def evaluation_windows(text, context, batch=16):
@@ -857,7 +858,7 @@ class Run:
         facts["seconds"] = round(time.monotonic() - start, 1)
         for name, value in facts.items():
             say(f"{name}: {value}")
-        if facts["steps"] == 0:
+        if not facts["steps"]:
             notice("setting up took all of the time: give more --minutes")
         if not saved:
             raise Problem(f"the model is not in {self.out}: see above")
