@@ -49,7 +49,7 @@ CACHE_SCALE = 0.25  # of dot products
 class Moment(NamedTuple):
     """All that a head may look at before it predicts the next byte."""
     state: torch.Tensor  # (B, C) from which the transformer predicts it
-    past: torch.Tensor  # (B, P, C) the states at earlier bytes of the context
+    past: torch.Tensor  # (B, P, C) the states of the whole window
     followed: torch.Tensor  # (B, P) int64, the byte after each, or -1 if it may not be seen
     recent: np.ndarray  # (B, R) uint8, the last R bytes of the text, END before its beginning
 

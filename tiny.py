@@ -172,7 +172,7 @@ class Words(NamedTuple):
 # words are found and contexts are hashed: section 6.)
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes
 KINDS = len(GRAMS) + 4  # and four that are about words
-COUNTER_BITS = 24  # of a hash, the highest, say which counter is a context's own; 19, which row
+COUNTER_BITS = 24  # of a hash, the highest, name a context's counter; the first 19, its row
 
 
 class Memory(nn.Module):
@@ -182,8 +182,8 @@ class Memory(nn.Module):
     here, and the model learns to trust what says nothing about new text. So rows are used with
     care. In the first epoch the memory counts at how many steps each context came. The first visit
     only counts; from the second on its row is used and learns. In later epochs one of the visits
-    was this very place, and one only counted, so a row is used if there were three; on new text if
-    there was one. So rare contexts, which are most, do not fill the table (McMahan et al. 2013).
+    was this very place, and one only counted, so a row is used if there were three; on new text one
+    is enough. So rare contexts, which are most, do not fill the table (McMahan et al. 2013).
     Counters are shared: after 14 MB 41 % are in use, and as many new contexts pass for known."""
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS."""
@@ -219,7 +219,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def step(self, lr):
-        """Learn from the gradient of the last look-up; the loss was a mean over its positions.
+        """Learn from the gradient of the last look-up; the loss was (nearly) its positions' mean.
         Row-wise Adagrad (Duchi et al. 2011; one number per row: Naumov et al. 2019): the larger a
         row's gradients were, the smaller its steps. Rare contexts learn fast, common ones settle.
         """
@@ -316,8 +316,8 @@ class WordGPT(GPT):
         return norm(x)
 
     def look_around(self, ids):
-        """-> Words; thoughts (B, W, C), what the layers say of each word; film (B, W + 1, 2 C), how
-        each scales and shifts the bytes after it, first those before any; states (B, T, C)"""
+        """ids (B, T), in training with the last target -> Words; thoughts (B, W, C), what layers
+        say of each word; film (B, W + 1, 2 C), for the bytes after it; states (B, T, C)"""
         words = find_words(ids)
         x = self.look_up(ids, words, ids.shape[1])  # (B, T, C)
         thoughts = self.think(take(x, words.end))
@@ -361,14 +361,14 @@ class WordGPT(GPT):
         x = self.look_up(ids, now, t + 1)  # from the byte before the word on
         states = norm(x * (1 + scale) + shift)
         head = F.log_softmax(self.head(states).float(), -1)  # (N, t + 1, 256)
-        # Which words begin with these letters (`Ti`: 0 0 1), and how do they go on (l w m)?
+        # Which words go on from these letters? For Ti: first 0 5 9, alike 0 0 1, following l w m.
         first = (words.end - words.size)[0]  # (W,)
         last = seen.shape[1] - 1
         their_prefix = words.prefix[0, (first + t - 1).clamp(0, last)]  # (W,)
         alike = their_prefix == now.prefix[:, -1:]  # (N, W)
         alike = alike & (words.size >= t) | (t == 0)
         following = seen[0, (first + t).clamp(max=last)]  # (W,)
-        # What do the letters leave of the shares (head 0.03, Tim 0.97)? The head's: a_0 p_head(Ti).
+        # What the letters leave of the shares: head 0.03 (a_0 p_head(Ti), normalised), Tim 0.97.
         log_spelled = pick(head[:, :t], spelled)
         log_spelled = log_spelled.sum(1, keepdim=True)  # (N, 1)
         left = torch.cat((log_spelled, log(alike.float())), 1)
@@ -599,8 +599,8 @@ def train(args, start):
 
 
 # ==================================================================================================
-# You may stop reading here. What follows is how bits are counted, a known optimizer, checkpoints, a
-# safe Ctrl-C and options. The subject goes on in sample.py.
+# You may stop reading here. What follows is arithmetic (words, hashes, the pointer for all words at
+# once), a known optimizer, checkpoints, options. The subject goes on in sample.py.
 # ==================================================================================================
 
 
