@@ -221,7 +221,7 @@ def one_of_each(keys):
 class Counts:
     """The n-grams of one order, sorted: the followers of a context stand side by side."""
     def __init__(self, events):
-        """events: (n,) uint64, drawn in `NGram.fit`. Sorted in place."""
+        """events: (n,) uint64, made in `NGram.fit`. Sorted in place."""
         events.sort()
         first = run_starts(events)
         count = np.diff(first, append=len(events))

@@ -182,8 +182,8 @@ class Memory(nn.Module):
     here, and the model learns to trust what says nothing about new text. So rows are used with
     care. In the first epoch the memory counts at how many steps each context came. The first visit
     only counts; from the second on its row is used and learns. In later epochs one of the visits
-    was this very place, and one only counted, so a row is used if there were three; on new text one
-    is enough. So rare contexts, which are most, do not fill the table (McMahan et al. 2013).
+    was this very place, and one only counted, so a row is used if there were three; on new text if
+    there was one (it may still be 0). So rare contexts do not fill the table (McMahan et al. 2013).
     Counters are shared: after 14 MB 41 % are in use, and as many new contexts pass for known."""
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS."""
@@ -868,7 +868,7 @@ class Run:
 
 @contextlib.contextmanager
 def stop_signals():
-    """-> a list, to which Ctrl-C, SIGTERM and a closed terminal append; a second one kills"""
+    """-> a list, to which Ctrl-C, SIGTERM and a closed terminal append; the same again kills"""
     stop = []
     def remember(number, frame):
         stop.append(number)
