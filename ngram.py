@@ -300,7 +300,7 @@ class NGram:
         """The distribution of the byte at each position, by those before. positions: (N,) integers
         from 0 to n, where n asks for the byte after the last -> (N, 256) float32. leave_one_out:
         data was counted: answer as if the n-gram that ends at the position had not been."""
-        data = np.append(as_array(data), np.uint8(END))  # so that it is not empty
+        data = as_array(data if len(data) else b"\0")  # an END stands before the text
         positions = np.asarray(positions, np.int64)
         # The formula of section 1, unrolled. For orders 1 to 3 it is
         #     p_3 = given_3 + left_3 * (given_2 + left_2 * (given_1 + left_1 / 256))

@@ -99,12 +99,13 @@ class Fusion:
     of it are the n-gram. It knows better which letters come next, and that is most of the bits;
     after a dozen bytes it does not know whom the story is about, but that costs few bits."""
     def __init__(self, model, names, ngram=None, text=None):
-        """names: of the heads: ngram, knn, cache; ngram: an NGram; text: (n,) uint8, for kNN"""
+        """names: of ngram, knn, cache; text: (n,) uint8, for the first two; ngram: if counted"""
         self.model = model
         self.reach = 1  # R, how many recent bytes a head wants to see
         self.heads = {}
         for name in names:
             if name == "ngram":
+                ngram = ngram or NGram().fit(text[:15_000_000])  # this takes seconds
                 self.reach = ngram.order
                 self.heads[name] = functools.partial(ngram_head, ngram=ngram)
             elif name == "knn":
@@ -307,8 +308,7 @@ def open_run(run, text):
                "the --data, --valid and --keep that it was trained with")
     if not names:
         return model
-    ngram = NGram().fit(text.train[:15_000_000])
-    return Fusion(model, names, ngram, text.train).fit(split_validation(text.valid)[1])
+    return Fusion(model, names, text=text.train).fit(split_validation(text.valid)[1])
 
 
 def stories_of(run, text, args):
