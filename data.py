@@ -12,7 +12,6 @@ import random
 import re
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections import Counter, namedtuple
 
@@ -221,15 +220,16 @@ def load(args, least=2):
         held_out = read(args.valid, int(1e6 * args.megabytes))
     else:
         train, held_out = split(train)
-    keep = args.keep or (1 if args.data else KEEP)
+    keep = args.keep
+    if keep is None:
+        keep = 1 if args.data else KEEP
     if not 0 < keep <= 1:
         raise Problem("--keep is a part: above 0, at most 1")
     if keep < 1:
         source += f", the easiest {keep:.0%}"
         train = easiest(train, keep)
     if len(train) < least or len(held_out) < 64:
-        raise Problem(f"too little text: {len(train)} bytes to learn from, {len(held_out)} held "
-                      f"out; {least} and 64 are needed")
+        raise Problem(f"too little text: {len(train)} bytes to read, {len(held_out)} held out")
     return Text(train, held_out, source, waited)
 
 

@@ -48,11 +48,8 @@ SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "a
 
 class Textbook:
     """An n-gram model made of dictionaries. Slow and short; the tests hold NGram against it."""
-    def __init__(self, text, order, smoothing, constants=None, left_out=None):
-        """Count text (bytes). constants: for each order what `smooth` needs; None: estimated.
-
-        left_out: a position whose byte is not counted. Asked about a byte of the text that it has
-        counted, a model recites. Leave that byte out, and it answers as for new text."""
+    def __init__(self, text, order, smoothing):
+        """Count text (bytes)."""
         self.order = order
         self.smoothing = smoothing
         counts = {}  # counts[n][h, w]: the count of w after the n-1 bytes h
@@ -60,13 +57,11 @@ class Textbook:
             if n < order and smoothing in KNESER_NEY:
                 counts[n] = continuation_counts(counts[n + 1])  # section 2
             else:
-                counts[n] = Counter((context_before(text, i, n), text[i])
-                                    for i in range(len(text)) if i != left_out)
-        if constants is None:
-            constants = {n: discounts(smoothing, n, list(counts[n].values())) for n in counts}
-        self.constants = constants
+                counts[n] = Counter((context_before(text, i, n), text[i]) for i in range(len(text)))
+        self.constants = {}
         self.followers = {}  # followers[h][w]: the same counts, by context (of any length)
         for n in counts:
+            self.constants[n] = discounts(smoothing, n, list(counts[n].values()))
             for (context, byte), count in counts[n].items():
                 self.followers.setdefault(context, {})[byte] = count
 
@@ -122,20 +117,20 @@ def smooth(smoothing, count, different, constants):
 def discounts(smoothing, n, count):
     """What counts of 0, 1, 2, and 3 or more give up. count: of all n-grams of order n. -> (4,)
 
-    Absolute discounting and Kneser-Ney take the same y = met[1] / (met[1] + 2 met[2]) from every
-    count (Chen & Goodman 1999, equation 17). Modified Kneser-Ney asks more closely: an n-gram that
-    was met c times here can be expected r = (c + 1) met[c + 1] / met[c] times in another text as
-    long (Good 1953). Its discount is c - y r (equation 26; c - r would be Good's own), which for
-    c = 1 is y again. Clipped to between 0.01, so that new bytes stay possible, and c."""
+    Let met[c] be how many different n-grams were met c times. One that was met once may well be
+    chance; the more there are of these, the more each count should give up. Absolute discounting
+    and Kneser-Ney take the same y = met[1] / (met[1] + 2 met[2]) from every count. Modified
+    Kneser-Ney takes c - y (c + 1) met[c + 1] / met[c], which for c = 1 is y again. (Chen & Goodman
+    1999, equations 17 and 26, derive both by leaving out one n-gram at a time and asking how likely
+    the rest makes it.) Clipped to between 0.01, so that new bytes stay possible, and c."""
     if smoothing == "jelinek-mercer":  # a share of the count: the longer, the less it is worth
         return np.full(4, min(0.9, n / 12))
-    met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)  # [c]: n-grams met c times
+    met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)
     y = met[1] / max(1, met[1] + 2 * met[2])
     found = np.array([0, y, y, y])
     if smoothing == "modified-kneser-ney":
         for c in (1, 2, 3):
-            expected = (c + 1) * met[c + 1] / max(1, met[c])
-            found[c] = c - y * expected
+            found[c] = c - y * (c + 1) * met[c + 1] / max(1, met[c])
     return found.clip([0, 0.01, 0.01, 0.01], [0, 1, 2, 3])
 
 
@@ -296,10 +291,10 @@ class NGram:
             self.constants[n] = discounts(self.smoothing, n, self.counts[n].count)
         return self
 
-    def probs(self, data, positions, leave_one_out=False):
+    def probs(self, data, positions):
         """The distribution of the byte at each position, by those before. positions: (N,) integers
-        from 0 to n, where n asks for the byte after the last -> (N, 256) float32. leave_one_out:
-        data was counted: answer as if the n-gram that ends at the position had not been."""
+        from 0 to n, where n asks for the byte after the last -> (N, 256) float32. (On text that it
+        has counted a model recites.)"""
         data = as_array(data if len(data) else b"\0")  # an END stands before the text
         positions = np.asarray(positions, np.int64)
         # The formula of section 1, unrolled. For orders 1 to 3 it is
@@ -308,26 +303,14 @@ class NGram:
         # from the longest context down, and multiply what each order gives by all left_n before.
         left = np.ones(len(positions))  # (N,) the product of the left_n so far
         given = []  # of each order: flat indices (E,) into (N, 256), and their p (E,)
-        still_lower = np.full(len(positions), leave_one_out, bool)  # (N,) is a count to lower?
         for n, row, context in reversed(self._find(data, positions)):
             first, of, byte, count = self.counts[n].followers(context)
             different = np.diff(first, append=len(of))
-            at = row[of]  # (E,) the position that each follower is for
-            if leave_one_out:
-                own = still_lower[at] & (byte == data[positions][at])
-                count -= own
-                different = np.add.reduceat(count > 0, first, dtype=np.int64)
-                # A continuation count falls only if the longer n-gram was lowered to 0.
-                if self.smoothing in KNESER_NEY:
-                    still_lower[at[own]] = count[own] == 0
             discount, added = smooth(self.smoothing, count, different, self.constants[n])
             denominator = np.add.reduceat(count, first) + added
             handed = np.add.reduceat(discount, first) + added
-            empty = denominator == 0  # the only follower was left out: everything is handed down
-            denominator[empty] = 1
-            handed[empty] = 1
             scale = left[row] / denominator
-            given.append((256 * at + byte, (count - discount) * scale[of]))
+            given.append((256 * row[of] + byte, (count - discount) * scale[of]))
             left[row] = scale * handed
         if self.smoothing != "maximum-likelihood":
             left = np.maximum(left, 1e-12)  # so that float32 does not round it to impossible
@@ -349,19 +332,17 @@ class NGram:
                 found.append((n, row, context[context >= 0]))
         return found
 
-    def bits_per_byte(self, data, positions=None, leave_one_out=False):
-        """The mean of -log2 p(byte) over the positions, by default all. -> bits per byte"""
+    def bits_per_byte(self, data):
+        """The mean of -log2 p(byte) over all of data. -> bits per byte"""
         data = as_array(data)
-        if positions is None:
-            positions = np.arange(len(data))
         bits = 0.0
-        for a in range(0, len(positions), SLICE):
-            some = positions[a : a + SLICE]
-            p = self.probs(data, some, leave_one_out)
+        for a in range(0, len(data), SLICE):
+            some = np.arange(a, min(a + SLICE, len(data)))
+            p = self.probs(data, some)
             p = p[np.arange(len(some)), data[some]]
             with np.errstate(divide="ignore"):  # maximum likelihood: infinite, as it should be
                 bits -= np.log2(p, dtype=np.float64).sum()
-        return float(bits / len(positions))
+        return float(bits / len(data))
 
     def generate(self, prompt=b"", length=1000, temperature=0.8, seed=0):
         """Continue prompt by `length` bytes, or to the end of the story. -> bytes, prompt included
@@ -404,11 +385,8 @@ def compare(text, kinds):
         if bits <= best_bits:
             best = model
             best_bits = bits
-    some = np.linspace(0, len(text.train) - 1, 100_000).astype(np.int64)
-    left_out = best.bits_per_byte(text.train, some, leave_one_out=True)
     print(f"\nthe best, order {best.order}, {best.smoothing}, in bits per byte:")
-    print(f"{best.bits_per_byte(text.train, some):.4f} on the text it counted, reciting")
-    print(f"{left_out:.4f} on the same, each occurrence left out of the counts")
+    print(f"{best.bits_per_byte(text.train[:100_000]):.4f} on text that it counted, reciting")
     print(f"{best_bits:.4f} on text it has not seen\n")
     return best
 

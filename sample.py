@@ -12,8 +12,8 @@ counting what goes wrong (a rubric), or by someone who does not know whose they 
 A RUN is a folder of tiny.py ("out"), the same with heads fused in ("out+ngram+cache"), the counting
 model ("ngram"), the validation stories ("real"), or a file. (Fused stories come byte by byte.)
 
-Axes: B positions side by side, P earlier positions in the window, C the model's width, R recent
-bytes of the text, M entries of the datastore, k neighbors."""
+Axes: B positions side by side, P earlier positions in the window, C the model's width, M entries of
+the datastore, k neighbors."""
 import argparse
 import codecs
 import functools
@@ -51,17 +51,13 @@ class Moment(NamedTuple):
     state: torch.Tensor  # (B, C) from which the transformer predicts it
     past: torch.Tensor  # (B, P, C) the states of the whole window
     followed: torch.Tensor  # (B, P) int64, the byte after each, or -1 if it may not be seen
-    recent: np.ndarray  # (B, R) uint8, the last R bytes of the text, END before its beginning
+    text: np.ndarray  # (n,) uint8, all of the text
+    at: np.ndarray  # (B,) where the next byte stands in it: only what is before may be looked at
 
 
 def ngram_head(moment, ngram):
-    """What followed the recent bytes in the training text (ngram.py)."""
-    B, R = moment.recent.shape
-    # All rows become one text, in which an END (|) after each keeps them apart, and is what is
-    # asked about. With R = 2, B = 2: a b | c d |, positions 2 and 5.
-    text = np.pad(moment.recent, ((0, 0), (0, 1)), constant_values=END)  # (B, R + 1)
-    positions = R + (R + 1) * np.arange(B)
-    return torch.from_numpy(ngram.probs(text.ravel(), positions))
+    """What followed the last bytes in the training text (ngram.py)."""
+    return torch.from_numpy(ngram.probs(moment.text, moment.at))
 
 
 def knn_head(moment, keys, values):
@@ -101,17 +97,15 @@ class Fusion:
     def __init__(self, model, names, ngram=None, text=None):
         """names: of ngram, knn, cache; text: (n,) uint8, for the first two; ngram: if counted"""
         self.model = model
-        self.reach = 1  # R, how many recent bytes a head wants to see
         self.heads = {}
         for name in names:
             if name == "ngram":
                 ngram = ngram or NGram().fit(text[:15_000_000])  # this takes seconds
-                self.reach = ngram.order
                 self.heads[name] = functools.partial(ngram_head, ngram=ngram)
             elif name == "knn":
                 keys = []
                 values = []
-                for moment, target, _ in moments(self, text[:DATASTORE]):  # see below
+                for moment, target, _ in moments(model, text[:DATASTORE]):  # see below
                     keys.append(moment.state)
                     values.append(target)
                 store = dict(keys=torch.cat(keys), values=torch.cat(values))  # (M, C), (M,)
@@ -125,7 +119,7 @@ class Fusion:
     def target_probs(self, text):
         """What the transformer and each head gave to each byte of text. -> (n, 1 + heads)"""
         rows = []
-        for moment, target, p in tqdm(moments(self, text), leave=False, disable=None):
+        for moment, target, p in tqdm(moments(self.model, text), leave=False, disable=None):
             of_heads = [head(moment).gather(1, target[:, None]) for head in self.heads.values()]
             rows.append(torch.cat((p[:, None], *of_heads), 1))
         return torch.cat(rows).double().numpy()
@@ -139,8 +133,9 @@ class Fusion:
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
         # `| a b` becomes `a b |`: moments puts an END in front; the last | is the byte to come.
         text = ids[0].roll(-1).numpy().astype(np.uint8)
-        *_, (moment, _, _) = moments(self, text[-self.model.context :])
-        last = Moment(*(x[-1:] for x in moment))
+        *_, (moment, _, _) = moments(self.model, text[-self.model.context :])
+        state, past, followed, text, at = moment
+        last = Moment(state[-1:], past[-1:], followed[-1:], text, at[-1:])
         heads = [head(last) for head in self.heads.values()]
         p = torch.cat((self.model.next_byte(ids), *heads))  # (1 + heads, 256)
         return torch.from_numpy(self.weights).float()[None] @ p
@@ -273,20 +268,17 @@ def sign_test(wins, losses):
 # ==================================================================================================
 
 @torch.no_grad()
-def moments(fusion, text):
+def moments(model, text):
     """Read text, (n,) uint8, as tiny.evaluate does, each byte once, in order. Yields, for the B
     scored positions of a window, the Moment, target (B,) and the transformer's p (B,) of it.
     Here the second half of a window is scored, and | stands for END:
         position   0  1  2  3  4  5
         ids        a  b  |  c  d  e
         target     b  |  c  d  e  f
-        followed  -1 -1  c  d -1 -1   in the row of position 4, whose target is e
-        recent           |  c  d      in the same row, if R is 3"""
-    padded = np.concatenate((np.full(fusion.reach, END, np.uint8), text))
-    recent = np.lib.stride_tricks.sliding_window_view(padded, fusion.reach)  # [i]: before text[i]
+        followed  -1 -1  c  d -1 -1   in the row of position 4, whose target is e"""
     done = 0
-    for ids, scored in evaluation_windows(text, fusion.model.context, batch=1):
-        log_p, states = fusion.model(ids)
+    for ids, scored in evaluation_windows(text, model.context, batch=1):
+        log_p, states = model(ids)
         ids, target = ids[0, :-1], ids[0, 1:]
         position = torch.arange(len(ids))
         begin = torch.where(ids == END, position, 0).cummax(0).values  # of the story there
@@ -294,7 +286,8 @@ def moments(fusion, text):
         visible = (position < t) & (position >= begin[t])  # (B, P): earlier, in the same story
         past = states.expand(len(t), -1, -1)  # the whole window, masked by `followed`
         followed = torch.where(visible, target, -1)
-        moment = Moment(states[scored], past, followed, recent[done : done + len(t)])
+        at = np.arange(done, done + len(t))
+        moment = Moment(states[scored], past, followed, text, at)
         done += len(t)
         yield moment, target[scored[0]], log_p[scored].exp()
 

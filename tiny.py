@@ -77,6 +77,9 @@ class Attention(nn.Module):
         # Normed queries and keys (Henry et al. 2020) cannot grow: the learning rate can be high.
         q = rotate(norm(q), cos, sin)
         k = rotate(norm(k), cos, sin)
+        # In one call, without a (T, T) matrix in memory (later: of keys after the query):
+        #     score = (q @ k.mT / D**0.5).masked_fill(later, -math.inf)  # (B, H, T, T)
+        #     y = score.softmax(-1) @ v
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -155,14 +158,16 @@ LONGEST_WORD = 24  # bytes of a word that its hash covers, and that a candidate 
 
 
 class Words(NamedTuple):
-    """Where the words of a text are: `find_words`. For "Once she, wen", _ is a space:
-        byte      O  n  c  e  _  s  h  e  ,  _  w  e  n
-        typed     1  2  3  4  0  1  2  3  0  0  1  2  3
-        done      0  0  0  0  1  1  1  1  2  2  2  2  2     end  4  8     size  4  3"""
-    typed: torch.Tensor  # (B, T) how many letters the word so far has, 0 at what is no letter
-    prefix: torch.Tensor  # (B, T) the hash of these letters
-    done: torch.Tensor  # (B, T) how many words are complete
-    end: torch.Tensor  # (B, W) the byte that completes each word, the first that is no letter
+    """Where the words of a text are: `find_words`. A word is letters and the byte that closes it.
+    For "|Once she, wen" (| is an END, _ a space):
+        position   0  1  2  3  4  5  6  7  8  9  10 11 12 13
+        byte       |  O  n  c  e  _  s  h  e  ,  _  w  e  n
+        begin      0  1  1  1  1  1  6  6  6  6  10 11 11 11
+        done       1  1  1  1  1  2  2  2  2  3  3  3  3  3      end  0  5  9     size  0  4  3"""
+    begin: torch.Tensor  # (B, T) where the word of each byte begins
+    prefix: torch.Tensor  # (B, T) the hash of its letters up to this one, or of what is no letter
+    done: torch.Tensor  # (B, T) how many words are complete. `_` alone is none, an END is one
+    end: torch.Tensor  # (B, W) the byte that closes each word
     size: torch.Tensor  # (B, W) how many letters each word has
 
 
@@ -179,12 +184,18 @@ class Memory(nn.Module):
     """A table with a vector for each context, by its hash, and its own optimizer.
 
     When a text is read again, a row that was learned nowhere but here gives away which byte came
-    here, and the model learns to trust what says nothing about new text. So rows are used with
-    care. In the first epoch the memory counts at how many steps each context came. The first visit
-    only counts; from the second on its row is used and learns. In later epochs one of the visits
-    was this very place, and one only counted, so a row is used if there were three; on new text if
-    there was one (it may still be 0). So rare contexts do not fill the table (McMahan et al. 2013).
-    Counters are shared: after 14 MB 41 % are in use, and as many new contexts pass for known."""
+    here, and the model learns to trust what says nothing about new text. So a row is used where it
+    was taught elsewhere, and the first epoch counts at how many steps each context came:
+
+        the first time          it is only counted, so that rare contexts do not fill the table
+                                (McMahan et al. 2013)
+        again in that epoch     its row is used, and learns
+        in later epochs         used if it came three times: once here, once only to be counted, so
+                                once at least it has learned elsewhere
+        on new text             used if it came at all (its row may still be 0)
+
+    Contexts share counters: after 14 MB 41 % of these are in use, so as many of the contexts that
+    are new pass for known."""
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS."""
         super().__init__()
@@ -203,7 +214,7 @@ class Memory(nn.Module):
         counter = hashes >> (64 - COUNTER_BITS)  # the highest bits
         counter = counter % 2**COUNTER_BITS  # without the sign
         learning = torch.is_grad_enabled()
-        needed = 1
+        needed = 1  # see above
         if learning and not self.first_epoch:
             needed = 3
         known = self.count[counter] >= needed
@@ -242,44 +253,57 @@ class Pointer(nn.Module):
     """Copies words. To spell `Lily` letter by letter out of a vector takes long to learn; to point
     at the Lily that was read does not (pointer-sentinel mixture, Merity et al. 2016).
 
-    Where a word begins, one softmax gives a share a_i to each earlier word i and the rest, a_0 (the
-    sentinel), to the head, which spells. So a word begins with the letters `prefix` with
+    Where a word begins, one softmax gives a share a_i to each earlier word i, and the rest, a_0
+    (the sentinel's), to the head, which spells. So the next word comes about in one of many *ways*:
+    the head spells all of it, or a word is copied and the head spells what follows it (`played`
+    after `play`, and the closing byte). A way that gives the letters so far has the weight
 
-        P(prefix) = a_0 p_head(prefix) + the sum of the a_i of all words that begin with it
+        a_0 p_head(the letters)    or    a_i p_head(those after word i)
 
-    and the next letter is c with P(prefix + c) / P(prefix). (A word that is complete gives its
-    share to the head, which says what follows it.) With every letter, words that do not begin so
-    drop out, and those that do gain weight against the head. Say that after "Lily saw Tim. " the
-    shares are Lily 0.1, saw 0.1, Tim 0.3, head 0.5, and the head gives `Ti` a probability of 0.02.
-    After "Lily saw Tim. Ti" that leaves
+    P(letters) is the sum of all these. The next byte is c with P(letters and c) / P(letters). With
+    every letter, words that do not begin so drop out, and those that do gain weight against the
+    head. Say that after "Lily saw Tim. " the shares are Lily 0.1, saw 0.1, Tim 0.3, head 0.5, and
+    that the head gives `Ti` a probability of 0.02. After "Lily saw Tim. Ti" two ways are left:
 
-        Tim    0.3             for the letter m
-        head   0.5 x 0.02      for all bytes, as the head sees fit: 3 % of the sum
-
-    WordGPT.spell computes this for one word, `log_next` (section 6) for all words of a window."""
+        Tim    0.3             for the letter m: 97 % of the sum
+        head   0.5 x 0.02      for all bytes, as the head sees fit"""
     def __init__(self, width):
         super().__init__()
         self.query = nn.Linear(width, width // 2 + 1, bias=False)  # one more: the sentinel's score
         self.key = nn.Linear(width, width // 2, bias=False)
         nn.init.zeros_(self.query.weight)
 
-    def shares(self, states, thoughts, words):
-        """The softmax over sentinel and complete words. states (B, T, C): for each of the last T
-        bytes, of the byte before its word; thoughts (B, W, C) -> (B, T, W + 1)"""
+    def log_shares(self, states, done, thoughts, size):
+        """For N words that begin: states (B, N, C) of the byte before each; done (B, N): how many
+        words are complete there, of thoughts (B, W, C), size (B, W) -> log a_i (B, N, W + 1)"""
         query = self.query(states)
         key = self.key(thoughts)
-        score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, T, W), as in attention
-        word = torch.arange(thoughts.shape[1], device=states.device)
-        readable = word < words.done[:, -states.shape[1] :, None]  # the same within a word
-        readable = readable & (words.size > 0)[:, None]
+        score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, N, W), as in attention
+        readable = torch.arange(key.shape[1], device=key.device) < done[:, :, None]
+        readable = readable & (size > 0)[:, None]
         score = score.masked_fill(~readable, -1e9)
         sentinel = query[..., :1] + 4  # + 4: at first as much as 55 words
-        return torch.cat((sentinel, score), -1).softmax(-1)
+        return torch.cat((sentinel, score), -1).log_softmax(-1)
+
+    def log_ways(self, log_share, words, begin, typed, total):
+        """The logarithms of the ways' weights, (B, N, W + 1). begin, typed (B, N): where N words
+        begin, how many of their bytes are typed; total (B, T): the running sum of log p_head."""
+        size = F.pad(words.size, (1, 0))  # the sentinel is a word of no letters
+        first = (F.pad(words.end, (1, 0)) - size).clamp(min=1)
+        copied = torch.minimum(size[:, None], typed[:, :, None])  # (B, N, W + 1) letters
+        last = begin[:, :, None] + copied - 1  # the last of them here, and in the earlier word
+        their_last = first[:, None] + copied - 1
+        # Copied letters must be the same: so must the hashes of as many. The head gives the rest.
+        alike = gather(words.prefix, last) == gather(words.prefix, their_last)
+        alike = alike | (copied == 0)
+        all_typed = total.gather(1, begin + typed - 1)
+        by_head = all_typed[:, :, None] - gather(total, last)
+        return (log_share + by_head).masked_fill(~alike, -math.inf)
 
 
-def log(x):
-    """The logarithm; -inf at 0, where the gradient is 0."""
-    return x.clamp(min=1e-37).log().masked_fill(x == 0, -math.inf)
+def gather(x, index):
+    """From each text the numbers that its indices name: x (B, T), index (B, N, W) -> (B, N, W)"""
+    return x.gather(1, index.flatten(1)).view_as(index)
 
 
 def take(x, index):
@@ -339,45 +363,41 @@ class WordGPT(GPT):
 
     def read(self, ids):
         """Read a text, ids (1, n) int64, up to the word that has begun. -> what spell wants: bytes
-        (1, T), Words, film (1, 1, 2 C), share (W + 1,) of the pointer; and the letters begun (1, t)
-        """
+        (1, T), Words, film (1, 1, 2 C), log_share (1, 1, W + 1); and the letters begun (1, t)"""
         ids = ids.to(self.cos.device)
         begin = n = ids.shape[1]
         while begin > max(1, n - LONGEST_WORD) and LETTER[ids[0, begin - 1]]:
             begin -= 1
         seen = ids[:, max(0, begin - self.context) : begin]
         words, thoughts, film, states = self.look_around(seen)
-        share = self.pointer.shares(states[:, -1:], thoughts, words)[0, 0]
-        film = film[:, words.done[0, -1:]]
-        return (seen, words, film, share), ids[:, begin:]
+        done = words.done[:, -1:]  # (1, 1)
+        log_share = self.pointer.log_shares(states[:, -1:], done, thoughts, words.size)
+        return (seen, words, take(film, done), log_share), ids[:, begin:]
 
     def spell(self, reading, spelled):
         """What comes next in each candidate? spelled (N, t) int64: its t letters -> p (N, 256)"""
-        seen, words, film, share = reading  # words: of seen alone; now: with the letters
+        seen, words, film, log_share = reading
         N, t = spelled.shape  # (what is said of a candidate that has ended means nothing)
+        T = seen.shape[1]
         ids = torch.cat((seen.expand(N, -1), spelled), 1)
         now = find_words(ids)
         scale, shift = film.chunk(2, -1)
         x = self.look_up(ids, now, t + 1)  # from the byte before the word on
         states = norm(x * (1 + scale) + shift)
         head = F.log_softmax(self.head(states).float(), -1)  # (N, t + 1, 256)
-        # Which words go on from these letters? For Ti: first 0 5 9, alike 0 0 1, following l w m.
-        first = (words.end - words.size)[0]  # (W,)
-        last = seen.shape[1] - 1
-        their_prefix = words.prefix[0, (first + t - 1).clamp(0, last)]  # (W,)
-        alike = their_prefix == now.prefix[:, -1:]  # (N, W)
-        alike = alike & (words.size >= t) | (t == 0)
-        following = seen[0, (first + t).clamp(max=last)]  # (W,)
-        # What the letters leave of the shares: head 0.03 (a_0 p_head(Ti), normalised), Tim 0.97.
-        log_spelled = pick(head[:, :t], spelled)
-        log_spelled = log_spelled.sum(1, keepdim=True)  # (N, 1)
-        left = torch.cat((log_spelled, log(alike.float())), 1)
-        left = (left + share.log()).softmax(-1)  # (N, W + 1)
-        to_head, to_words = left.split([1, len(first)], 1)
-        whole = words.size <= t  # (1, W); those alike then have t letters
-        to_head = to_head + (to_words * whole).sum(1, keepdim=True)
+        log_head = pick(head[:, :t], spelled)
+        total = F.pad(log_head.cumsum(1), (T, 0))  # 0 for all that was seen
+        begin = ids.new_full((N, 1), T)
+        typed = ids.new_full((N, 1), t)
+        size = words.size.expand(N, -1)
+        now = now._replace(end=words.end.expand(N, -1), size=size)  # a candidate is no earlier word
+        ways = self.pointer.log_ways(log_share, now, begin, typed, total)
+        share = ways[:, 0].softmax(-1)  # (N, W + 1): what the letters leave of the shares
+        to_copies = share[:, 1:] * (size > t)  # those that go on with a letter
+        to_head = 1 - to_copies.sum(1, keepdim=True)
+        following = seen[0, (words.end - words.size + t)[0].clamp(max=T - 1)]  # (W,)
         p = to_head * head[:, -1].exp()  # (N, 256)
-        return p.index_add(1, following, to_words * ~whole)
+        return p.index_add(1, following, to_copies)
 
     def next_byte(self, ids):
         """ids (1, n) int64 -> p (1, 256) of the byte after them"""
@@ -460,7 +480,7 @@ class Batches:
     They are drawn without replacement: all of the text is read before any of it is read again.
     (Drawn with replacement, a third is still unseen when as much as all was read.)"""
     def __init__(self, text, batch, context, seed, teacher=None):
-        """text: (n,) uint8, n > context; teacher: an NGram that has counted it"""
+        """text: (n,) uint8, n > context; teacher: an NGram that has counted its second half"""
         self.text = np.append(np.uint8(END), text)  # END before the first story
         self.batch = batch
         self.context = context
@@ -486,15 +506,14 @@ class Batches:
             windows = random.permutation(windows)
             self.order = np.resize(windows, self.per_epoch * self.batch)  # repeats a few if needed
         start = self.order[place : place + self.batch]  # (B,)
+        if taught:  # what the teacher has counted it would recite: ask it about the first half
+            start = start % max(1, self.starts // 2 - self.context)
         position = start[:, None] + np.arange(self.context + 1)  # (B, T + 1)
         ids = self.text[position].astype(np.int64)
         ids = torch.from_numpy(ids)
         if not taught:
             return ids, None
-        # The teacher has counted this very text; asked plainly it would recite it: leave one out.
-        # Its text has no END in front, hence the 1.
-        target = position[:, 1:].ravel()
-        q = self.teacher.probs(self.text[1:], target - 1, leave_one_out=True)
+        q = self.teacher.probs(self.text, position[:, 1:].ravel())
         return ids, torch.from_numpy(q).view(self.batch, self.context, 256)
 
 
@@ -559,7 +578,7 @@ def train(args, start):
     model = new_model(vars(args)).to(args.device)
     optimizers = make_optimizers(model)
     batches = Batches(text.train, args.batch, args.context, args.seed, teacher)
-    state = dict(step=0, spent=0.0, next_look=LOOKS[0])  # what a checkpoint must hold
+    state = dict(step=0, spent=0.0, next_look=LOOKS[0], loss=8.0)  # what a checkpoint must hold
     run = Run(args, text, model, optimizers, state)  # saves; with --resume it restores, too
     if args.resume:
         start = time.monotonic() - state["spent"]  # setting up again was free
@@ -580,7 +599,9 @@ def train(args, start):
                 model.memory.first_epoch = state["step"] < batches.per_epoch
             # Full speed for half the budget, then down to 0 in a straight line.
             factor = args.rate * min(1.0, 2 * (1 - progress))
-            train_step(model, optimizers, ids, distributions, factor)
+            loss = train_step(model, optimizers, ids, distributions, factor)
+            bits = loss.item() / math.log(2)
+            state["loss"] += 0.05 * (bits - state["loss"])  # the mean of some twenty steps
             state["step"] += 1
             percent = round(100 * progress)
             bar.update(percent - bar.n)
@@ -615,23 +636,24 @@ def find_words(ids):
     """ids (B, T) int64 -> Words. A text with fewer words than another has zeros in their place."""
     B, T = ids.shape
     letter = LETTER.to(ids.device)[ids]
+    letter[:, 0] = False  # the window may begin within a word, of which nothing is known
     # Horner's rule: a letter more makes the hash times ODD, plus that letter. All bytes do this
     # together; after n rounds each has the hash of the last n letters, or of its word so far.
     prefix = torch.zeros_like(ids)
     for _ in range(LONGEST_WORD):
         prefix = (previous(prefix) * ODD + ids + 1) * letter
+    prefix = torch.where(letter, prefix, ids - 256)  # a mark is no letter's hash
     position = torch.arange(T, device=ids.device).expand(B, T)
-    last_gap = position.masked_fill(letter, -1).cummax(1).values  # the last byte that is no letter
-    typed = position - last_gap
-    ends = ~letter & previous(letter)
-    ends = ends | (ids == END)  # an END ends a story's last word, if only ""
-    done = ends.cumsum(1)
-    row, at = ends.nonzero(as_tuple=True)
+    last_mark = position.masked_fill(letter, 0).cummax(1).values  # the last byte that is no letter
+    begin = previous(last_mark + 1)
+    closes = ~letter & previous(letter)
+    closes = closes | (ids == END)  # an END ends a story's last word, if only ""
+    done = closes.cumsum(1)
+    row, at = closes.nonzero(as_tuple=True)
     end = ids.new_zeros(B, max(1, done.max()))
     end[row, done[row, at] - 1] = at  # of row's first word, done is 1
-    size = typed.gather(1, (end - 1).clamp(min=0))
-    size = size * (end > 0)
-    return Words(typed, prefix, done, end, size)
+    size = end - begin.gather(1, end)
+    return Words(begin, prefix, done, end, size)
 
 
 def contexts(ids, words):
@@ -645,53 +667,33 @@ def contexts(ids, words):
             found.append(h[:, max(GRAMS) :])
     # In "once she wen": `wen`; `wen` after `she`; `wen` after `once she`; `wen`, two words after
     # `once`. At a byte that ends a word, as in "once she,": `,`; `,` after `she`; and so on.
-    so_far = torch.where(words.typed > 0, words.prefix, ids - 256)  # a mark is no letter's hash
     whole = words.prefix.gather(1, (words.end - 1).clamp(min=0))  # (B, W), of complete words
     whole = whole * (words.size > 0)
     whole = (whole ^ (whole >> 32)) * ODD  # else `ab` after `cd` were `ac` after `bd`: the same sum
     whole = F.pad(whole, (2, 0))  # two empty words come first: word k stands at k + 2
     one = whole.gather(1, words.done + 1)  # the last complete word, number done - 1
     two = whole.gather(1, words.done)  # the one before it
-    pair = so_far * ODD + one
+    pair = words.prefix * ODD + one
     triple = pair * ODD + two
-    skip = so_far * ODD + two
-    found += [so_far, pair, triple, skip]
+    skip = words.prefix * ODD + two
+    found += [words.prefix, pair, triple, skip]
     kind = torch.arange(KINDS, device=ids.device) << 56  # the same bytes in another kind differ
     found = torch.stack(found, -1) + kind
     return found * ODD  # this carries every bit to the highest ones
 
 
 def log_next(pointer, states, thoughts, words, log_head):
-    """The pointer's formula for all words at once. words: of T + 1 bytes; log_head (B, T): what the
-    head gives to each after the first -> log p (B, T) of these. At the end of "Lily saw Tim. Ti":
-        typed 2   first 0 5 9   size 4 3 3   there 1 6 10 (the second letters)   alike 0 0 1"""
-    T = states.shape[1]
-    typed = words.typed[:, :, None]  # (B, T + 1, 1)
-    size = words.size[:, None]  # (B, 1, W)
-    position = torch.arange(T + 1, device=typed.device)
-    before_word = position - words.typed  # (B, T + 1), the byte before the word
-    before_word = before_word.clamp(0, T - 1)  # where the window begins within a word
-    share = pointer.shares(take(states, before_word), thoughts, words)  # (B, T + 1, W + 1)
-    # Which words begin with the letters so far? Those with the same hash of as many letters.
-    first = words.end[:, None] - size  # (B, 1, W)
-    there = (first + typed - 1).clamp(0, T)  # (B, T + 1, W)
-    their_prefix = words.prefix.gather(1, there.flatten(1)).view_as(there)
-    alike = their_prefix == words.prefix[:, :, None]
-    alike = alike & (typed <= size) | (typed == 0)
-    fits = share[..., 1:] * alike
-    # What the head gives to the letters so far: a difference of running sums of logarithms.
-    total = F.pad(log_head, (1, 0)).cumsum(1)
-    log_spelled = total - total.gather(1, before_word)  # (B, T + 1), of p_head(prefix)
-    log_spelled = log_spelled + share[..., 0].log()  # of a_0 p_head(prefix)
-    log_prefix = torch.logaddexp(log_spelled, log(fits.sum(-1)))  # of P(prefix)
-    # c a letter: P(prefix + c); else a_0 p_head(prefix) p_head(c). And what complete words give.
-    whole = fits * (typed == size)
-    log_whole = log(whole.sum(-1))[:, :-1]
-    by_head = log_spelled[:, :-1] + log_head
-    is_letter = words.typed[:, 1:] > 0
-    log_next = torch.where(is_letter, log_prefix[:, 1:], by_head)
-    log_next = torch.logaddexp(log_next, log_whole + log_head)
-    return log_next - log_prefix[:, :-1]
+    """The pointer's formula for all bytes at once. words: of T + 1 bytes; log_head (B, T): what the
+    head gives to each after the first -> log p (B, T) of these"""
+    begin = words.begin[:, 1:]  # (B, T)
+    typed = torch.arange(1, 1 + begin.shape[1], device=begin.device) - begin + 1
+    before = begin - 1  # the byte before the word
+    done = words.done.gather(1, before)
+    log_share = pointer.log_shares(take(states, before), done, thoughts, words.size)
+    total = F.pad(log_head.cumsum(1), (1, 0))
+    ways = pointer.log_ways(log_share, words, begin, typed, total)
+    log_p = ways.logsumexp(-1)  # of the word's bytes up to this one
+    return log_p - previous(log_p) * (typed > 1)
 
 
 def evaluation_windows(text, context, batch=16):
@@ -767,8 +769,8 @@ def say(words):
 
 def count_ngram(args, text, valid):
     """Count an n-gram and let it tell the first story. -> NGram, its bits per byte"""
-    counted = text
-    if args.distill == 0:  # only a teacher must know all of it
+    counted = text[len(text) // 2 :]  # a teacher's half, see Batches.get
+    if args.distill == 0:
         counted = text[: int(3e6 * min(5, args.minutes))]
     ngram = NGram(ORDER).fit(counted)
     bpb = ngram.bits_per_byte(valid)
@@ -791,7 +793,8 @@ def look(model, valid, state, seed):
     eighth = valid[: len(valid) // 8]
     bpb = evaluate(model, eighth)
     story = tell(model, PROMPT, 40, seed).replace("\n", " ")
-    say(f"{state['spent']:6.1f} s  step {state['step']:6,}  {bpb:.3f} bits per byte | {story}")
+    say(f"{state['spent']:6.1f} s  step {state['step']:6,}  training {state['loss']:.3f}, "
+        f"new text {bpb:.3f} bits per byte | {story}")
 
 
 class Run:
