@@ -23,23 +23,22 @@ END = 0  # the byte between stories, and before the first
 # Count how often each byte w followed each context h: c(h w). The obvious model is
 # p(w | h) = c(h w) / c(h), and it is useless. Any text has something new in it, the model says 0,
 # and one 0 makes the whole text impossible. So every byte seen must give up a little for those not
-# seen. All seven models, the useless one among them, are one formula, for n = 1, 2, ... up to the
-# order:
+# seen. Say h was seen 4 times, 3 times before "a" and once before "b", and each count gives up
+# 0.75. Then "a" has 2.25 / 4 and "b" 0.25 / 4 for sure, and 1.5 / 4 are handed down to the shorter
+# context, whose distribution shares them out among all bytes. So each distribution sums to 1; the
+# literature calls it interpolation with the lower order. The context "quick brown f" may be new,
+# but "brown f" was seen, and if not, "n f". A context that was never seen hands down everything.
+# All seven models, the useless one among them, are one formula, for n = 1, 2, ... up to the order:
 #
 #     p_n(w | h) = (c(h w) - discount) / denominator  +  handed / denominator * p_{n-1}(w | h')
 #
-#     discount     what this count gives up
-#     added        pseudo-counts, which p_{n-1} shares out among all bytes
-#     handed       what is handed down to the shorter context: all discounts after h, and added
-#     denominator  c(h) + added
+#     discount     what this count gives up: 0.75
+#     added        pseudo-counts, which p_{n-1} shares out among all bytes: none in this example
+#     handed       what is handed down to the shorter context: all discounts after h, and added: 1.5
+#     denominator  c(h) + added: 4
 #     h'           h without its farthest byte; below order 1 stands the uniform p_0 = 1/256
 #
-# Say h was seen 4 times, 3 times before "a" and once before "b", and the discount is 0.75. Then "a"
-# has 2.25 / 4 and "b" 0.25 / 4 for sure, and 1.5 / 4 are handed down: p_{n-1} shares them out among
-# all bytes. So each distribution sums to 1; the literature calls it interpolation with the lower
-# order. The context "quick brown f" may be new, but "brown f" was seen, and if not, "n f". A
-# context that was never seen hands down everything. The models differ in `smooth`, and both
-# Kneser-Neys in what they count (section 2).
+# The models differ in `smooth`, and both Kneser-Neys in what they count (section 2).
 
 KNESER_NEY = ("kneser-ney", "modified-kneser-ney")
 SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute",
@@ -97,8 +96,8 @@ def smooth(smoothing, count, different, constants):
     """What each smoothing takes and adds. -> discount (E,), added
 
     count (E,) integers: how often each follower was met. different: how many different followers
-    there are. constants (4,): see `discounts`. (Section 4 passes the followers of R contexts at
-    once, side by side; there `different` and `added` are (R,).)"""
+    there are. constants (4,): see `discounts`. (Of R contexts at once: `different`, `added` (R,).)
+    """
     none = np.zeros(len(count))
     if smoothing == "maximum-likelihood":  # nothing: what was never seen is impossible
         return none, 0
@@ -120,9 +119,9 @@ def discounts(smoothing, n, count):
     Let met[c] be how many different n-grams were met c times. One that was met once may well be
     chance; the more there are of these, the more each count should give up. Absolute discounting
     and Kneser-Ney take the same y = met[1] / (met[1] + 2 met[2]) from every count. Modified
-    Kneser-Ney takes c - y (c + 1) met[c + 1] / met[c], which for c = 1 is y again. (Chen & Goodman
-    1999, equations 17 and 26, derive both by leaving out one n-gram at a time and asking how likely
-    the rest makes it.) Clipped to between 0.01, so that new bytes stay possible, and c."""
+    Kneser-Ney takes c - y (c + 1) met[c + 1] / met[c]. With 40, 20, 10 and 5 n-grams met 1, 2, 3
+    and 4 times, y is 0.5, and the three discounts are 0.5, 1.25 and 2. (Equations 17 and 26 of Chen
+    & Goodman.) Clipped to between 0.01, so that new bytes stay possible, and c."""
     if smoothing == "jelinek-mercer":  # a share of the count: the longer, the less it is worth
         return np.full(4, min(0.9, n / 12))
     met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)
@@ -236,7 +235,9 @@ class Counts:
 
     def followers(self, index):
         """All followers of R contexts, side by side. index (R,) -> first (R,): where each context's
-        begin; of (E,): whose each is, 0 to R-1; byte (E,) uint8; count (E,) int64"""
+        begin; of (E,): whose each is, 0 to R-1; byte (E,) uint8; count (E,) int64
+        Two contexts whose 2 and 3 followers stand from 10 and from 40 on:
+            first 0 2   of 0 0 1 1 1   at 10 11 40 41 42"""
         begin = self.start[index].astype(np.int64)
         size = self.start[index + 1] - begin
         first = np.cumsum(size) - size
@@ -265,11 +266,12 @@ class NGram:
         """Count data. -> self. Raises ValueError if there is nothing in it.
 
         An *event* is one time that a byte is counted after a context. At the highest order each
-        position is one. As a number: [56 bits: hash of the context | 8 bits: the follower].
+        position is one. As a number: [56 bits: hash of the context | 8 bits: the follower] (the
+        hash's last 8 bits are given up).
         `Counts` sorts these numbers: equal n-grams then stand together, and the length of a run is
         the count. Before that, for Kneser-Ney, `one_of_each` keeps one event of each *different*
-        n-gram for the next order: the shorter n-grams' counts in these are their continuation
-        counts, from fewer events at each order."""
+        n-gram for the next order: how often a shorter n-gram ends one of these is its continuation
+        count. So there are fewer events at each order."""
         data = as_array(data)
         if len(data) == 0:
             raise ValueError("nothing to count: the text is empty")
@@ -310,6 +312,7 @@ class NGram:
             denominator = np.add.reduceat(count, first) + added
             handed = np.add.reduceat(discount, first) + added
             scale = left[row] / denominator
+            # row[of]: the index of the position for which each follower was found
             given.append((256 * row[of] + byte, (count - discount) * scale[of]))
             left[row] = scale * handed
         if self.smoothing != "maximum-likelihood":
@@ -367,7 +370,7 @@ def mixture_weights(p):
     p = np.maximum(p, 1e-12)
     for _ in range(20_000):
         growth = (1 / (p @ weights)) @ p / len(p)
-        weights *= growth
+        weights *= growth  # now the mean of weight * p / mixture, the share of each target
         if growth.max() < 1 + 1e-5:
             break
     return weights / weights.sum()

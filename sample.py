@@ -50,7 +50,7 @@ class Moment(NamedTuple):
     """All that a head may look at before it predicts the next byte."""
     state: torch.Tensor  # (B, C) from which the transformer predicts it
     past: torch.Tensor  # (B, P, C) the states of the whole window
-    followed: torch.Tensor  # (B, P) int64, the byte after each, or -1 if it may not be seen
+    followed: torch.Tensor  # (B, P) int64, the byte after each, -1 if unseen: example in `moments`
     text: np.ndarray  # (n,) uint8, all of the text
     at: np.ndarray  # (B,) where the next byte stands in it: only what is before may be looked at
 
@@ -64,7 +64,7 @@ def knn_head(moment, keys, values):
     """What followed the most similar moments of the training text (Khandelwal et al. 2020).
 
     keys (M, C): states; values (M,) int64: the bytes that followed. Similar means near: for a state
-    a and a key b, |a - b|^2 = |a|^2 - 2ab + |b|^2, and |a|^2 is the same for all keys."""
+    a and a key b, |a - b|^2 = |a|^2 - 2ab + |b|^2; softmax does not see |a|^2."""
     distance = torch.addmm(keys.square().sum(1), moment.state, keys.T, alpha=-2)  # (B, M)
     near, index = distance.topk(min(NEIGHBORS, len(keys)), largest=False)  # (B, k)
     return vote(F.softmax(-near / KNN_TEMPERATURE, -1), values[index])
@@ -105,7 +105,7 @@ class Fusion:
             elif name == "knn":
                 keys = []
                 values = []
-                for moment, target, _ in moments(model, text[:DATASTORE]):  # see below
+                for moment, target, _ in moments(model, text[:DATASTORE]):  # target: what came
                     keys.append(moment.state)
                     values.append(target)
                 store = dict(keys=torch.cat(keys), values=torch.cat(values))  # (M, C), (M,)
@@ -131,7 +131,8 @@ class Fusion:
 
     def next_byte(self, ids):
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
-        # `| a b` becomes `a b |`: moments puts an END in front; the last | is the byte to come.
+        # `| a b` becomes `a b |`: there is an END before any text, and the last | stands for the
+        # byte to come, whose moment is the last row.
         text = ids[0].roll(-1).numpy().astype(np.uint8)
         *_, (moment, _, _) = moments(self.model, text[-self.model.context :])
         state, past, followed, text, at = moment
@@ -169,7 +170,7 @@ class Reference:
         for story in split_stories(text):
             story = story.decode("utf-8", "replace")
             hashes.append(np.array([hash(gram) for gram in grams(story, 8)], np.int64))
-            for word in re.findall(r"(?<=[a-z,] )[A-Za-z]{3,}", story):
+            for word in re.findall(r"(?<=[a-z,] )[A-Za-z]{3,}", story):  # begins no sentence
                 inside[word.lower()] += 1
                 capitalised[word.lower()] += word[0].isupper()
         self.grams = np.unique(np.concatenate(hashes))
@@ -234,7 +235,7 @@ Write one line for each pair: 1, 2, or = if they are equally good."""
 def blind_pairs(runs, stories, seed):
     """Shuffle the stories of two runs, two lists of str from the same prompts -> list of (first
     story, second story, which run, 0 or 1, the first is from). Each run comes first in half of the
-    pairs. The order depends on the runs' names: one key gives no other away."""
+    pairs, in another order for other runs."""
     rng = np.random.default_rng(zlib.crc32(f"{runs} {seed}".encode()))
     n = min(map(len, stories))
     first = rng.permutation(np.arange(n) % 2).tolist()
@@ -275,7 +276,7 @@ def moments(model, text):
         position   0  1  2  3  4  5
         ids        a  b  |  c  d  e
         target     b  |  c  d  e  f
-        followed  -1 -1  c  d -1 -1   in the row of position 4, whose target is e"""
+        followed  -1 -1  c  d -1 -1   (P,), in the row, of B, that predicts position 4's target"""
     done = 0
     for ids, scored in evaluation_windows(text, model.context, batch=1):
         log_p, states = model(ids)

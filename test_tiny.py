@@ -46,11 +46,6 @@ def refused(result, *words):
     assert "error: " in last and all(word in last for word in words), result.stderr
 
 
-def figures(stdout):
-    """The `key: value` lines of a run -> dict."""
-    return dict(re.findall(r"^(\w+): (\S+)$", stdout, re.MULTILINE))
-
-
 def options(**changes):
     """The options of data.add_arguments, as argparse gives them."""
     parser = argparse.ArgumentParser()
@@ -73,7 +68,9 @@ def finished(tmp_path_factory, texts):
     out = tmp_path_factory.mktemp("run") / "out"
     long = out.with_name("long.txt")
     long.write_bytes(data.invent(15000))
-    result = script("tiny.py", "--data", long, *texts[2:], "--minutes", 0.3, "--out", out,
+    new = out.with_name("new.txt")  # its end is hard: a part of it has another score
+    new.write_bytes(data.invent(55, seed=1) + data.invent(5).upper())
+    result = script("tiny.py", "--data", long, "--valid", new, "--minutes", 0.3, "--out", out,
                     "--width", 32, "--context", 128)
     assert result.returncode == 0, result.stderr
     return result, out
@@ -261,13 +258,6 @@ def test_without_a_network_stories_are_made_up_or_those_there_are_used(no_proxy,
     assert bytes(data.load(options(keep=1.0)).train[:5]) == b"mine\0"
 
 
-def test_a_reader_that_goes_away_ends_a_script_quietly():
-    command = [sys.executable, "-c", "import data; data.run(lambda: print('x' * 1_000_000))"]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == (b"", 0)
-
-
 # ---- ngram.py ------------------------------------------------------------------------------------
 
 TEXT = b"the cat sat on the mat\0the rat sat\0a cat ate the rat on a mat\0" * 2 + b"that hat\0"
@@ -305,19 +295,17 @@ def test_the_fast_model_equals_the_textbook(order, smoothing):
 
 @pytest.mark.parametrize("text", [data.invent(100), b"a" * 5000, b"\0" * 100, b"\5"])
 def test_distributions_sum_to_1_and_are_never_0(text):
-    p = ngram.NGram(12).fit(text).probs(text, np.arange(len(text))).astype(float)
-    assert np.abs(p.sum(1) - 1).max() < 1e-5 and p.min() > 0
+    for smoothing in ngram.SMOOTHINGS[1:]:
+        p = ngram.NGram(12, smoothing).fit(text).probs(text, np.arange(len(text))).astype(float)
+        assert np.abs(p.sum(1) - 1).max() < 1e-5 and p.min() > 0
 
 
 def test_bytes_are_taken_wherever_data_is_and_each_is_scored():
     array = np.frombuffer(TEXT, np.uint8)
-    a, b = ngram.NGram(5).fit(TEXT), ngram.NGram(5).fit(array)
-    positions = np.arange(len(TEXT))
-    p = a.probs(TEXT, positions)
-    assert np.array_equal(p, b.probs(array, positions))
-    mean = -np.log2(p[positions, array].astype(float)).mean()
-    assert a.bits_per_byte(TEXT) == pytest.approx(mean)
-    assert np.array_equal(a.probs(b"", [0]), a.probs(b"\0", [1]))  # before the text stands an END
+    model = ngram.NGram(5).fit(array)
+    p = model.probs(TEXT, np.arange(len(TEXT)))[np.arange(len(TEXT)), array]
+    assert model.bits_per_byte(TEXT) == pytest.approx(-np.log2(p.astype(float)).mean())
+    assert np.array_equal(model.probs(b"", [0]), model.probs(b"\0", [1]))  # an END comes first
 
 
 def test_discounts_are_chen_and_goodmans():
@@ -347,14 +335,14 @@ def test_generate_repeats_itself_and_stops_at_the_end_of_a_story():
     story = model.generate(b"Once upon", 3000, 0.5, seed=3)
     assert story == model.generate(b"Once upon", 3000, 0.5, seed=3)
     assert story != model.generate(b"Once upon", 3000, 0.5, seed=4)
+    assert model.generate(b"On", 99, 0, seed=3) == model.generate(b"On", 99, 0, seed=4)
     assert story.startswith(b"Once upon") and b"\0" not in story and len(story) < 3000
     assert len(model.generate(b"Once upon", 5)) == 14  # length counts what is generated
 
 
 def test_what_cannot_be_counted_is_refused():
-    for order, smoothing in ((0, "absolute"), (3, "unknown")):
-        with pytest.raises(ValueError, match="must be"):
-            ngram.NGram(order, smoothing)
+    with pytest.raises(ValueError, match="must be"):
+        ngram.NGram(0)
     with pytest.raises(ValueError, match="empty"):
         ngram.NGram().fit(b"")
     with pytest.raises(ValueError, match="uint8"):  # tokens, say
@@ -398,11 +386,12 @@ def model(request):
 
 
 def windows(B, size=33):
-    """(B, size) bytes in which words come again, and some bytes that are no text at all"""
+    """(B, size) bytes that begin within a word, in which words come again, some no text at all"""
     words = [b"Lily ", b"Li, ", b"the ", b"then\n", b"Tim's ", b"\0", b"\xc3\xa9t ", b"\"he.\" "]
     words += ["好大".encode(), b"7even7 "]
     random = np.random.default_rng(0)
-    found = [b"".join(words[i] for i in random.integers(len(words), size=size)) for _ in range(B)]
+    chosen = random.integers(len(words), size=(B, size))
+    found = [b"ly " + b"".join(words[i] for i in row) for row in chosen]
     return torch.tensor([list(text[:size]) for text in found])
 
 
@@ -578,7 +567,6 @@ def test_a_word_is_as_likely_as_its_copies_and_its_spelling_together():
 
 
 def test_only_the_last_complete_word_bends_the_bytes():
-    """Whatever the thoughts of earlier words are, the film of a byte is that of the last one."""
     net = random_net(plain=False)
     ids = torch.tensor([list(b"\0one two thr")])
     words, thoughts, film, states = net.look_around(ids)
@@ -596,6 +584,8 @@ def test_stories_begin_after_an_end_repeat_and_end_in_time(model):
             story = write(prompt)
             assert story == write(prompt) and len(story) <= 60 and 0 not in story
         assert (temperature == 0) == (write(b"Once", 4) == write(b"Once", 3))
+    ends = types.SimpleNamespace(next_byte=lambda ids: F.one_hot((ids[0, -1:] == 0) * 97, 256) / 1)
+    assert b"".join(tiny.generate(ends, b"", 9, 1.0)) == b"a"  # after an a comes an END
     first = next(tiny.generate(model, b"Tom", temperature=0))[0]
     assert first == by_brute_force(model, torch.tensor([list(b"\0Tom")])).argmax()
 
@@ -644,7 +634,8 @@ def test_choose_draws_as_often_as_it_should():
 
 
 def test_muon_makes_orthogonal_steps_and_learns():
-    singular = torch.linalg.svdvals(tiny.orthogonalize(torch.randn(8, 20)))
+    stretched = torch.randn(8, 20) * torch.logspace(-2, 0, 8)[:, None]
+    singular = torch.linalg.svdvals(tiny.orthogonalize(stretched))
     assert singular.min() > 0.3 and singular.max() < 1.3
     tall = torch.randn(20, 8)
     assert torch.allclose(tiny.orthogonalize(tall), tiny.orthogonalize(tall.T).T, atol=1e-5)
@@ -734,23 +725,22 @@ def test_the_rate_of_all_optimizers_falls_to_0():
 
 # ---- tiny.py: a run, as a user starts it ---------------------------------------------------------
 
-def test_main_job(finished, texts):
+def test_main_job(finished):
     result, out = finished
-    facts = figures(result.stdout)
+    facts = dict(re.findall(r"^(\w+): (\S+)$", result.stdout, re.MULTILINE))
     assert 18 * 0.9 < float(facts["seconds"]) < 18 * 1.1  # ±2 % of five minutes are 6 s
-    assert float(facts["val_bpb"]) < 1 and float(facts["ngram_bpb"]) < 0.6
-    assert "%|" not in result.stderr  # no bar but on a terminal
+    assert float(facts["val_bpb"]) < 2 and float(facts["ngram_bpb"]) < 2
     assert result.stdout.rstrip().endswith(f"python sample.py --out {out}")
     looks = [float(x) for x in re.findall(r"([\d.]+) bits per byte \|", result.stdout)]
-    assert len(looks) >= 5 and looks[-1] < looks[0] and os.listdir(out) == ["model.pt"]
+    assert len(looks) >= 5 and looks[-1] < 0.4 and os.listdir(out) == ["model.pt"]
     # The closing figure is that of the saved model on the validation text, and all of that.
     model, content = tiny.load_checkpoint(out)
-    valid = data.read(texts[3:])[: int(60_000 * 0.3)]
+    valid = data.read([out.with_name("new.txt")])
     assert tiny.evaluate(model, valid) == pytest.approx(float(facts["val_bpb"]), abs=2e-3)
     assert content["optimizers"] is None
 
 
-def test_the_teacher_teaches_a_plain_gpt_for_its_part_of_the_time(runs, monkeypatch, capsys):
+def test_the_teacher_teaches_a_plain_gpt_for_its_part_of_the_time(runs, texts, monkeypatch):
     taught = []
     train_step = tiny.train_step
     def watched(*rest):
@@ -759,9 +749,13 @@ def test_the_teacher_teaches_a_plain_gpt_for_its_part_of_the_time(runs, monkeypa
     monkeypatch.setattr(tiny, "train_step", watched)
     runs("out", "--plain", "--distill", 0.5, "--steps", 8)
     assert taught == [True] * 4 + [False] * 4  # the teacher stops
+    train = data.read(texts[1:2])
+    args = argparse.Namespace(distill=0.5, minutes=5, seed=1)
+    teacher, _ = tiny.count_ngram(args, train, train[:99])
+    half = ngram.NGram().fit(train[len(train) // 2 :])  # the rest is what it teaches
+    assert np.array_equal(teacher.counts[12].context, half.counts[12].context)
     model, _ = tiny.load_checkpoint("out")
     assert type(model) is tiny.GPT and len(model.blocks) == 3
-    assert "n-gram of order 12" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -1035,7 +1029,7 @@ def test_cache_and_knn_vote_for_what_followed():
     assert sample.cache_head(moment).argmax() == 12
     nothing = moment._replace(followed=torch.full((1, 5), -1))
     assert torch.allclose(sample.cache_head(nothing), torch.full((1, 256), 1 / 256))
-    p = sample.knn_head(moment, states[0, :5], torch.tensor([20, 21, 22, 22, 24]))
+    p = sample.knn_head(moment, states[0, :5], torch.tensor([20, 21, 22, 23, 24]))
     assert p.argmax() == 22 and p.sum() == pytest.approx(1)
     assert p[0, 99] == pytest.approx(0.01 / 256)
 
@@ -1057,7 +1051,7 @@ def test_weights_are_learned_on_other_bytes_than_are_scored(finished, texts, mon
 
 
 REF = sample.Reference(data.encode(b"\0".join(
-    [b"One day, Lily saw Tom. He saw Lily and Tom with Lily and Tom at a big red house."] * 9)))
+    [b"One day, Lily saw Tom. He saw Lily and Tom with Lily and Tom, red Tom, Red Tom."] * 9)))
 
 
 @pytest.mark.parametrize("row, story, value", [
@@ -1110,6 +1104,7 @@ def test_a_judgement_from_stories_to_sign_test(finished, texts, monkeypatch, tmp
     sample.main(["--judge", str(out), "mine.txt", *more])
     pages = (tmp_path / "pairs.txt").read_text()
     assert pages.count("######## pair") == 6 and pages.count("Mine. Mine.") > 6
+    assert len(pages) < 8_800  # all are cut
     assert str(out) not in pages and "real" not in pages
     key = json.loads((tmp_path / "pairs.txt.key").read_text())
     (tmp_path / "answers").write_text("\n".join("12"[k == 1] for k in key["first"]))  # always ours

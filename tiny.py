@@ -1,20 +1,17 @@
-"""Train a small language model on stories in a few minutes, on the machine at hand; read a story.
+"""`python tiny.py --minutes 5` trains a small language model on stories and tells one.
 
 You will know every part of a GPT; three additions that help a small one that has only minutes (a
 memory, layers over words, a pointer); how it is trained against the clock; how a model that only
-counts (ngram.py) can teach one that learns. The one command:
-
-    python tiny.py --minutes 5
+counts (ngram.py) can teach one that learns.
 
 Axes: B windows of text in a batch, T bytes in a window, W words in it, C the model's width, H
-attention heads, D = C / H, K kinds of context that the memory looks up, N candidate words.
+attention heads, D = C / H, K kinds of context that the memory looks up, N words that are typed.
 """
 import os
 import time
 
 START = time.monotonic()  # the budget counts everything, the slow imports below included
-# PyTorch's threads spin while they wait for each other: beside another process steps take much
-# longer. To spin for a shorter time costs 4 %. (It must be set before the import.)
+# PyTorch's threads spin while they wait for each other, which is slow beside another process.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -49,8 +46,8 @@ def norm(x):
 
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021). x (..., T, D); cos, sin (T, D/2) -> (..., T, D)
-    Each pair of numbers, j and j + D/2, is turned by an angle that grows with the position: the
-    product of two such vectors (see Attention) depends on how far apart they are, not on where."""
+    Each pair of numbers, j and j + D/2, is turned by an angle that grows with the position. Turning
+    both vectors of a product alike changes nothing: it depends on how far apart they stand."""
     a, b = x.chunk(2, dim=-1)
     turned_a = a * cos + b * sin
     turned_b = b * cos - a * sin
@@ -163,21 +160,21 @@ class Words(NamedTuple):
         position   0  1  2  3  4  5  6  7  8  9  10 11 12 13
         byte       |  O  n  c  e  _  s  h  e  ,  _  w  e  n
         begin      0  1  1  1  1  1  6  6  6  6  10 11 11 11
-        done       1  1  1  1  1  2  2  2  2  3  3  3  3  3      end  0  5  9     size  0  4  3"""
+        done       1  1  1  1  1  2  2  2  2  3  3  3  3  3
+    The three complete words, the END itself being the first: end 0 5 9, size 0 4 3."""
     begin: torch.Tensor  # (B, T) where the word of each byte begins
     prefix: torch.Tensor  # (B, T) the hash of its letters up to this one, or of what is no letter
-    done: torch.Tensor  # (B, T) how many words are complete. `_` alone is none, an END is one
+    done: torch.Tensor  # (B, T) how many words are complete. `_` alone is none
     end: torch.Tensor  # (B, W) the byte that closes each word
     size: torch.Tensor  # (B, W) how many letters each word has
 
 
 # A byte looks up, in one large table, a vector for each of the contexts in which it stands: "after
-# the bytes ` wen`", "in a word that began `we`, after `she`". A context's row is its hash,
-# collisions and all (Svenstrup et al. 2017): no count (ngram.py), but C numbers that help. (How
-# words are found and contexts are hashed: section 6.)
+# the bytes ` wen`", "in a word that began `we`, after `she`" (`contexts`, section 6). The hash of a
+# context is its row, collisions and all (Svenstrup et al. 2017): no count, but C numbers that help.
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes
 KINDS = len(GRAMS) + 4  # and four that are about words
-COUNTER_BITS = 24  # of a hash, the highest, name a context's counter; the first 19, its row
+COUNTER_BITS = 24  # the highest of a hash name a counter; the first 19 of these, a row
 
 
 class Memory(nn.Module):
@@ -187,15 +184,13 @@ class Memory(nn.Module):
     here, and the model learns to trust what says nothing about new text. So a row is used where it
     was taught elsewhere, and the first epoch counts at how many steps each context came:
 
-        the first time          it is only counted, so that rare contexts do not fill the table
-                                (McMahan et al. 2013)
+        the first time          it is only counted: rare ones stay out (McMahan et al. 2013)
         again in that epoch     its row is used, and learns
-        in later epochs         used if it came three times: once here, once only to be counted, so
-                                once at least it has learned elsewhere
+        in later epochs         used if it came three times. Say at steps 5, 9 and 12: at 9 and 12
+                                its row learned. Without this place, be it 9, there is still 12
         on new text             used if it came at all (its row may still be 0)
 
-    Contexts share counters: after 14 MB 41 % of these are in use, so as many of the contexts that
-    are new pass for known."""
+    Contexts share counters: 41 % are in use after 14 MB; as many new contexts pass for known."""
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS."""
         super().__init__()
@@ -214,7 +209,7 @@ class Memory(nn.Module):
         counter = hashes >> (64 - COUNTER_BITS)  # the highest bits
         counter = counter % 2**COUNTER_BITS  # without the sign
         learning = torch.is_grad_enabled()
-        needed = 1  # see above
+        needed = 1
         if learning and not self.first_epoch:
             needed = 3
         known = self.count[counter] >= needed
@@ -222,8 +217,8 @@ class Memory(nn.Module):
         row = counter >> self.shift
         out = F.embedding_bag(row, self.table, mode="sum", per_sample_weights=known)
         if learning:
-            # A leaf: `backward` ends here and leaves the gradient of the sum, which is that of
-            # each of its rows, in out.grad. No gradient of the table's size is ever made.
+            # As if `out` were a parameter: `backward` ends here and leaves the gradient of the
+            # sum, which is that of each of its rows, in out.grad. None is as large as the table.
             out.requires_grad_()
             self.used = counter, known, out
         return out.view(*shape, -1)
@@ -238,7 +233,7 @@ class Memory(nn.Module):
         gradient = out.grad * len(out)  # (B T, C); undo the mean
         square = gradient.square().mean(1)
         row = counter >> self.shift  # (B T, K)
-        for k in range(row.shape[1]):
+        for k in range(row.shape[1]):  # one kind at a time: no (B T, K, C) array
             self.squares.index_add_(0, row[:, k], known[:, k] * square)
         rate = self.squares[row].rsqrt()
         rate = -lr * known * rate
@@ -260,13 +255,14 @@ class Pointer(nn.Module):
 
         a_0 p_head(the letters)    or    a_i p_head(those after word i)
 
-    P(letters) is the sum of all these. The next byte is c with P(letters and c) / P(letters). With
-    every letter, words that do not begin so drop out, and those that do gain weight against the
-    head. Say that after "Lily saw Tim. " the shares are Lily 0.1, saw 0.1, Tim 0.3, head 0.5, and
-    that the head gives `Ti` a probability of 0.02. After "Lily saw Tim. Ti" two ways are left:
+    P(letters) is the sum of all these. The next byte is c with P(letters and c) / P(letters). Say
+    that after "Lily saw Tim. " the shares are Lily 0.1, saw 0.1, Tim 0.3, head 0.5, and that the
+    head gives `Ti` a probability of 0.02. After "Lily saw Tim. Ti" two ways are left:
 
         Tim    0.3             for the letter m: 97 % of the sum
-        head   0.5 x 0.02      for all bytes, as the head sees fit"""
+        head   0.5 x 0.02      for all bytes, as the head sees fit
+
+    After the m, Tim is complete: what follows is for the head to say, in both."""
     def __init__(self, width):
         super().__init__()
         self.query = nn.Linear(width, width // 2 + 1, bias=False)  # one more: the sentinel's score
@@ -287,18 +283,23 @@ class Pointer(nn.Module):
 
     def log_ways(self, log_share, words, begin, typed, total):
         """The logarithms of the ways' weights, (B, N, W + 1). begin, typed (B, N): where N words
-        begin, how many of their bytes are typed; total (B, T): the running sum of log p_head."""
+        begin, how many of their bytes are typed; total (B, T): the running sum of log p_head.
+        At the end of "Lily saw Tim. Ti", for sentinel, Lily, saw, Tim:
+            size 0 4 3 3   copied 0 2 2 2   alike y n n y   by_head log p_head(Ti) 0 0 0"""
         size = F.pad(words.size, (1, 0))  # the sentinel is a word of no letters
-        first = (F.pad(words.end, (1, 0)) - size).clamp(min=1)
+        their_begin = F.pad(words.end, (1, 0)) - size
+        their_begin = their_begin.clamp(min=1)  # for words of no letters any will do
         copied = torch.minimum(size[:, None], typed[:, :, None])  # (B, N, W + 1) letters
         last = begin[:, :, None] + copied - 1  # the last of them here, and in the earlier word
-        their_last = first[:, None] + copied - 1
+        their_last = their_begin[:, None] + copied - 1
         # Copied letters must be the same: so must the hashes of as many. The head gives the rest.
-        alike = gather(words.prefix, last) == gather(words.prefix, their_last)
+        here = gather(words.prefix, last)
+        alike = here == gather(words.prefix, their_last)
         alike = alike | (copied == 0)
-        all_typed = total.gather(1, begin + typed - 1)
-        by_head = all_typed[:, :, None] - gather(total, last)
-        return (log_share + by_head).masked_fill(~alike, -math.inf)
+        so_far = total.gather(1, begin + typed - 1)
+        by_head = so_far[:, :, None] - gather(total, last)
+        log_weight = log_share + by_head
+        return log_weight.masked_fill(~alike, -math.inf)
 
 
 def gather(x, index):
@@ -346,7 +347,7 @@ class WordGPT(GPT):
         x = self.look_up(ids, words, ids.shape[1])  # (B, T, C)
         thoughts = self.think(take(x, words.end))
         and_none = F.pad(thoughts, (0, 0, 1, 0))  # before the first word: zeros
-        film = self.film(and_none)
+        film = self.film(and_none)  # row k: after k words
         scale, shift = take(film, words.done).chunk(2, -1)
         return words, thoughts, film, norm(x * (1 + scale) + shift)
 
@@ -375,9 +376,10 @@ class WordGPT(GPT):
         return (seen, words, take(film, done), log_share), ids[:, begin:]
 
     def spell(self, reading, spelled):
-        """What comes next in each candidate? spelled (N, t) int64: its t letters -> p (N, 256)"""
+        """What comes next in each candidate? spelled (N, t) int64: its t letters -> p (N, 256)
+        (`log_next` does the same for a whole text; tests hold the two together.)"""
         seen, words, film, log_share = reading
-        N, t = spelled.shape  # (what is said of a candidate that has ended means nothing)
+        N, t = spelled.shape
         T = seen.shape[1]
         ids = torch.cat((seen.expand(N, -1), spelled), 1)
         now = find_words(ids)
@@ -389,15 +391,16 @@ class WordGPT(GPT):
         total = F.pad(log_head.cumsum(1), (T, 0))  # 0 for all that was seen
         begin = ids.new_full((N, 1), T)
         typed = ids.new_full((N, 1), t)
-        size = words.size.expand(N, -1)
-        now = now._replace(end=words.end.expand(N, -1), size=size)  # a candidate is no earlier word
-        ways = self.pointer.log_ways(log_share, now, begin, typed, total)
+        now = now._replace(end=words.end, size=words.size)  # a candidate copies no candidate
+        ways = self.pointer.log_ways(log_share, now, begin, typed, total)  # (N, 1, W + 1)
         share = ways[:, 0].softmax(-1)  # (N, W + 1): what the letters leave of the shares
-        to_copies = share[:, 1:] * (size > t)  # those that go on with a letter
-        to_head = 1 - to_copies.sum(1, keepdim=True)
-        following = seen[0, (words.end - words.size + t)[0].clamp(max=T - 1)]  # (W,)
+        to_head, to_words = share.split([1, share.shape[1] - 1], 1)
+        goes_on = words.size > t  # (1, W), by a letter
+        to_head = to_head + (to_words * ~goes_on).sum(1, keepdim=True)
+        their_next = words.end[0] - words.size[0] + t
+        following = seen[0, their_next.clamp(max=T - 1)]  # (W,)
         p = to_head * head[:, -1].exp()  # (N, 256)
-        return p.index_add(1, following, to_copies)
+        return p.index_add(1, following, to_words * goes_on)
 
     def next_byte(self, ids):
         """ids (1, n) int64 -> p (1, 256) of the byte after them"""
@@ -429,8 +432,8 @@ def next_word(model, ids, temperature, generator=None):
     have 0.08 each. Sharpened byte by byte, b (0.32) beats p (0.25), and the story goes on with a
     word that is not the likeliest. What we want is a word with a probability proportional to
     p(word)^(1/temperature). Drawing several candidates from the model as it is gives p(word);
-    keeping one in proportion to p(word)^(1/temperature - 1) makes up for the rest (importance
-    resampling, Rubin 1987; exact with infinitely many candidates)."""
+    keeping one in proportion to p(word)^(1/temperature - 1), `park` 0.25^1.2 against 0.08^1.2,
+    makes up for the rest (importance resampling, Rubin 1987; exact with infinitely many)."""
     reading, begun = model.read(ids)
     spelled = begun.repeat(CANDIDATES, 1)  # (N, t)
     log_p = torch.zeros(CANDIDATES)  # of each candidate, nats
@@ -506,7 +509,7 @@ class Batches:
             windows = random.permutation(windows)
             self.order = np.resize(windows, self.per_epoch * self.batch)  # repeats a few if needed
         start = self.order[place : place + self.batch]  # (B,)
-        if taught:  # what the teacher has counted it would recite: ask it about the first half
+        if taught:  # the teacher would recite what it has counted: fold all into the other half
             start = start % max(1, self.starts // 2 - self.context)
         position = start[:, None] + np.arange(self.context + 1)  # (B, T + 1)
         ids = self.text[position].astype(np.int64)
@@ -638,7 +641,7 @@ def find_words(ids):
     letter = LETTER.to(ids.device)[ids]
     letter[:, 0] = False  # the window may begin within a word, of which nothing is known
     # Horner's rule: a letter more makes the hash times ODD, plus that letter. All bytes do this
-    # together; after n rounds each has the hash of the last n letters, or of its word so far.
+    # together: in `ab` after round 1 b has the hash of `b`, after round 2 that of `ab`.
     prefix = torch.zeros_like(ids)
     for _ in range(LONGEST_WORD):
         prefix = (previous(prefix) * ODD + ids + 1) * letter
@@ -683,10 +686,11 @@ def contexts(ids, words):
 
 
 def log_next(pointer, states, thoughts, words, log_head):
-    """The pointer's formula for all bytes at once. words: of T + 1 bytes; log_head (B, T): what the
-    head gives to each after the first -> log p (B, T) of these"""
+    """The pointer's formula for all bytes at once, each being the last typed of its word (N = T).
+    words: of T + 1 bytes; log_head (B, T): of each after the first -> log p (B, T) of these"""
     begin = words.begin[:, 1:]  # (B, T)
-    typed = torch.arange(1, 1 + begin.shape[1], device=begin.device) - begin + 1
+    position = torch.arange(1, 1 + begin.shape[1], device=begin.device)
+    typed = position - begin + 1
     before = begin - 1  # the byte before the word
     done = words.done.gather(1, before)
     log_share = pointer.log_shares(take(states, before), done, thoughts, words.size)
@@ -734,11 +738,11 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for w in group["params"]:
                 state = self.state[w]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(w)
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(w)
                 # The running mean of the gradients, and Nesterov's look one step ahead of it.
-                momentum = state["momentum"].lerp_(w.grad, 1 - group["momentum"])
-                ahead = w.grad.lerp(momentum, group["momentum"])
+                average = state["average"].lerp_(w.grad, 1 - group["momentum"])
+                ahead = w.grad.lerp(average, group["momentum"])
                 update = orthogonalize(ahead)
                 tall = max(1, w.shape[0] / w.shape[1])
                 w.sub_(update, alpha=group["lr"] * tall**0.5)  # Jordan's factor
@@ -747,7 +751,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x):
     """Push all singular values of a matrix x (r, c) towards 1 with five Newton-Schulz steps:
     x -> a x + b (x x') x + c (x x')^2 x leaves the singular vectors alone and sends each singular
-    value s to a s + b s^3 + c s^5, which with Jordan's a, b and c soon is about 1."""
+    value s to a s + b s^3 + c s^5, with Jordan's a, b, c from 0.1 to 0.34, 0.99, 0.71, 1.11."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T  # the smaller product x x'
     x = x / (x.norm() + 1e-7)
@@ -828,13 +832,12 @@ class Run:
         """Write model.pt, a whole file or none; a full disk stops no training. -> is it written?"""
         self.saved = time.monotonic()
         weights = self.model.state_dict()
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        content = dict(weights=weights, options=self.options, state=self.state, optimizers=None)
         if finished:
-            optimizers = None
             for name in {"memory.table"} & weights.keys():  # most of the file
                 weights[name] = weights[name].half()  # this costs less than 0.0001 bits
-        content = dict(weights=weights, options=self.options, state=self.state,
-                       optimizers=optimizers)
+        else:
+            content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         buffer = io.BytesIO()
         torch.save(content, buffer)
         try:
@@ -925,8 +928,7 @@ def prepare_cpu():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-# How large a model, and how many windows in a step? In a few minutes many small steps teach more
-# than few large ones. (rate: a factor for all learning rates)
+# In a few minutes many small steps teach more than few large ones. (rate: of all learning rates)
 DEFAULT = dict(layers=2, heads=4, width=128, context=512, batch=8, rate=1.0)
 PLAIN = dict(layers=3, heads=4, width=144, context=256, batch=8, rate=1.0)
 
