@@ -50,7 +50,7 @@ class Moment(NamedTuple):
     """All that a head may look at before it predicts the next byte."""
     state: torch.Tensor  # (B, C) from which the transformer predicts it
     past: torch.Tensor  # (B, P, C) the states of the whole window
-    followed: torch.Tensor  # (B, P) int64, the byte after each, -1 if unseen: example in `moments`
+    followed: torch.Tensor  # (B, P) int64, the byte after each; -1 if later, or in another story
     text: np.ndarray  # (n,) uint8, all of the text
     at: np.ndarray  # (B,) where the next byte stands in it: only what is before may be looked at
 
@@ -90,7 +90,7 @@ def vote(share, byte):
 
 class Fusion:
     """p = the sum of weight x head, the transformer's own prediction first among them. (Shallow
-    fusion usually adds logarithms; this is linear interpolation of probabilities.) Each head knows
+    fusion usually adds logarithms; this is linear interpolation of probabilities.) A head may know
     something that the others do not, so the mixture needs fewer bits. But with --plain two thirds
     of it are the n-gram. It knows better which letters come next, and that is most of the bits;
     after a dozen bytes it does not know whom the story is about, but that costs few bits."""
@@ -131,8 +131,8 @@ class Fusion:
 
     def next_byte(self, ids):
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
-        # `| a b` becomes `a b |`: there is an END before any text, and the last | stands for the
-        # byte to come, whose moment is the last row.
+        # `| a b` becomes `a b |`, to which moments sees `| a b |`: its last row is about the byte
+        # after b, for which the last | stands.
         text = ids[0].roll(-1).numpy().astype(np.uint8)
         *_, (moment, _, _) = moments(self.model, text[-self.model.context :])
         state, past, followed, text, at = moment
@@ -185,7 +185,7 @@ class Reference:
 
 
 def doubled(story, ref):
-    """Words written twice and marks after a comma, per 1,000 words. Catches `got got` and `,,`."""
+    """Words written twice and marks after , ; or :, per 1,000 words. Catches `got got` and `,,`."""
     twice = re.findall(r"\b([a-z]+) \1\b|[,;:]\s*[,.;:!?]", story.lower())
     return 1000 * len(twice) / max(1, len(grams(story, 1)))
 

@@ -151,7 +151,7 @@ def pick(p, ids):
 LETTER = [bytes([b]).isalnum() or b == ord("'") or 128 <= b < 227 for b in range(256)]
 LETTER = torch.tensor(LETTER)  # (256,) bool
 ODD = 6364136223846793005  # Knuth's, for MMIX; odd, so that multiplying mod 2^64 loses nothing
-LONGEST_WORD = 24  # bytes of a word that its hash covers, and that a candidate has at most
+LONGEST_WORD = 24  # bytes of a word that its hash covers, and that are drawn at most
 
 
 class Words(NamedTuple):
@@ -186,11 +186,11 @@ class Memory(nn.Module):
 
         the first time          it is only counted: rare ones stay out (McMahan et al. 2013)
         again in that epoch     its row is used, and learns
-        in later epochs         used if it came three times. Say at steps 5, 9 and 12: at 9 and 12
-                                its row learned. Without this place, be it 9, there is still 12
-        on new text             used if it came at all (its row may still be 0)
+        in later epochs         used if it came three times: without this place, and without the
+                                first time, which taught nothing, one is left
+        on new text             used if it came at all
 
-    Contexts share counters: 41 % are in use after 14 MB; as many new contexts pass for known."""
+    Contexts share counters (41 % in use after 14 MB, as many new ones pass for known) and rows."""
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS."""
         super().__init__()
@@ -284,12 +284,12 @@ class Pointer(nn.Module):
     def log_ways(self, log_share, words, begin, typed, total):
         """The logarithms of the ways' weights, (B, N, W + 1). begin, typed (B, N): where N words
         begin, how many of their bytes are typed; total (B, T): the running sum of log p_head.
-        At the end of "Lily saw Tim. Ti", for sentinel, Lily, saw, Tim:
-            size 0 4 3 3   copied 0 2 2 2   alike y n n y   by_head log p_head(Ti) 0 0 0"""
+        At the end of "|Lily saw Tim. Ti", begin 15, typed 2, for sentinel, |, Lily, saw, Tim: size
+        0 0 4 3 3, copied 0 0 2 2 2, last 14 14 16 16 16, their_last 0 0 2 7 11, alike y y n n y"""
         size = F.pad(words.size, (1, 0))  # the sentinel is a word of no letters
         their_begin = F.pad(words.end, (1, 0)) - size
         their_begin = their_begin.clamp(min=1)  # for words of no letters any will do
-        copied = torch.minimum(size[:, None], typed[:, :, None])  # (B, N, W + 1) letters
+        copied = torch.minimum(size[:, None], typed[:, :, None])  # (B, N, W + 1)
         last = begin[:, :, None] + copied - 1  # the last of them here, and in the earlier word
         their_last = their_begin[:, None] + copied - 1
         # Copied letters must be the same: so must the hashes of as many. The head gives the rest.
@@ -341,8 +341,8 @@ class WordGPT(GPT):
         return norm(x)
 
     def look_around(self, ids):
-        """ids (B, T), in training with the last target -> Words; thoughts (B, W, C), what layers
-        say of each word; film (B, W + 1, 2 C), for the bytes after it; states (B, T, C)"""
+        """ids (B, T) -> Words; thoughts (B, W, C), what layers say of each word; film (B, W + 1,
+        2 C), for the bytes after it; states (B, T, C). (None of these looks ahead.)"""
         words = find_words(ids)
         x = self.look_up(ids, words, ids.shape[1])  # (B, T, C)
         thoughts = self.think(take(x, words.end))
@@ -357,6 +357,7 @@ class WordGPT(GPT):
         states = states[:, :-1]
         head = F.log_softmax(self.head(states).float(), -1)  # (B, T, 256)
         log_head = pick(head, ids[:, 1:])  # (B, T)
+        # Of each byte c log P(letters and c) - log P(letters): see Pointer.
         return log_next(self.pointer, states, thoughts, words, log_head), states
 
     # When sampling, a candidate for the next word completes no word before it ends. So while it is
@@ -389,7 +390,7 @@ class WordGPT(GPT):
         head = F.log_softmax(self.head(states).float(), -1)  # (N, t + 1, 256)
         log_head = pick(head[:, :t], spelled)
         total = F.pad(log_head.cumsum(1), (T, 0))  # 0 for all that was seen
-        begin = ids.new_full((N, 1), T)
+        begin = ids.new_full((N, 1), T)  # B = N candidates, and in each one word that is typed
         typed = ids.new_full((N, 1), t)
         now = now._replace(end=words.end, size=words.size)  # a candidate copies no candidate
         ways = self.pointer.log_ways(log_share, now, begin, typed, total)  # (N, 1, W + 1)
@@ -480,8 +481,7 @@ LEAST = 250_000  # bytes; on a shorter text a run ends only after the steps that
 
 class Batches:
     """Windows of the text, in an order drawn anew for each epoch, and the teacher's view of them.
-    They are drawn without replacement: all of the text is read before any of it is read again.
-    (Drawn with replacement, a third is still unseen when as much as all was read.)"""
+    They are drawn without replacement: all of the text is read before any of it is read again."""
     def __init__(self, text, batch, context, seed, teacher=None):
         """text: (n,) uint8, n > context; teacher: an NGram that has counted its second half"""
         self.text = np.append(np.uint8(END), text)  # END before the first story
@@ -509,7 +509,7 @@ class Batches:
             windows = random.permutation(windows)
             self.order = np.resize(windows, self.per_epoch * self.batch)  # repeats a few if needed
         start = self.order[place : place + self.batch]  # (B,)
-        if taught:  # the teacher would recite what it has counted: fold all into the other half
+        if taught:  # it has counted the second half, and would recite it: read in the first
             start = start % max(1, self.starts // 2 - self.context)
         position = start[:, None] + np.arange(self.context + 1)  # (B, T + 1)
         ids = self.text[position].astype(np.int64)
