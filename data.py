@@ -77,7 +77,7 @@ def easiest(text, part):
     stories = split_stories(text)
     order = difficulty(stories).argsort()
     size = np.cumsum([len(stories[i]) + 1 for i in order])
-    kept = sorted(order[size <= part * size[-1]])
+    kept = sorted(order[size <= part * size[-1:]])  # (of no text nothing)
     return np.frombuffer(b"".join(stories[i] + b"\0" for i in kept), np.uint8)
 
 
@@ -161,7 +161,7 @@ def download(url, path, want):
                     content += chunk
             if len(content) < want and answer.length:
                 raise ConnectionError("the connection was cut")
-    except OSError as error:
+    except Exception as error:
         if type(error) is urllib.error.URLError and "CERTIFICATE" not in str(error):
             return False
         raise Problem(f"{url}: {error}; run again, or name a text with --data") from None
@@ -201,12 +201,17 @@ KEEP = 0.33  # the part of TinyStories that is read by default, the easiest
 
 def load(args, least=2):
     """args: the options of add_arguments; least: bytes to learn from. -> Text. Raises Problem."""
+    default = 1 if args.data else KEEP
+    keep = default if args.keep is None else args.keep
+    if not 0 < keep <= 1 or not 0 < args.megabytes < 1e6:
+        raise Problem("--keep is a part, above 0, at most 1; --megabytes is above 0")
     began = time.monotonic()
     files = args.data
     if not files:
-        path = os.path.join("cache", f"tinystories-{args.megabytes:g}MB.txt")
+        want = max(100, args.megabytes)  # one download serves smaller wishes, too
+        path = os.path.join("cache", f"tinystories-{want:g}MB.txt")
         url = os.environ.get("TINY_URL", f"{HUB}/TinyStoriesV2-GPT4-train.txt")
-        if os.path.exists(path) or download(url, path, int(1e6 * args.megabytes)):
+        if os.path.exists(path) or download(url, path, int(1e6 * want)):
             files = [path]
     waited = time.monotonic() - began
     if files:
@@ -220,11 +225,6 @@ def load(args, least=2):
         held_out = read(args.valid, int(1e6 * args.megabytes))
     else:
         train, held_out = split(train)
-    keep = args.keep
-    if keep is None:
-        keep = 1 if args.data else KEEP
-    if not 0 < keep <= 1:
-        raise Problem("--keep is a part: above 0, at most 1")
     if keep < 1:
         source += f", the easiest {keep:.0%}"
         train = easiest(train, keep)
@@ -238,7 +238,7 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--data", nargs="+", metavar="FILE", help="text to learn from, instead of TinyStories")
     add("--valid", nargs="+", metavar="FILE", help="text held out, instead of its end")
-    add("--megabytes", type=float, default=100, help="how much to use, and to download")
+    add("--megabytes", type=float, default=100, help="how much to use, of each file")
     add("--keep", type=float, help=f"the part to read, the easiest: {KEEP}, of --data all")
 
 

@@ -404,6 +404,8 @@ def main():
     add("--smoothing", choices=SMOOTHINGS, nargs="+", default=SMOOTHINGS[-1:], help="to compare")
     add_arguments(parser)
     args = parser.parse_args()
+    if min(args.orders) < 1:
+        parser.error("--orders are numbers above 0")
     text = load(args)
     print(f"{text.source}: {len(text.train):,} bytes to count, {len(text.valid):,} to score\n")
     model = compare(text, product(args.smoothing, args.orders))

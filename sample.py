@@ -299,7 +299,7 @@ def open_run(run, text):
     model, content = load_checkpoint(out)
     if content["options"]["text"] != zlib.crc32(text.train):
         notice(f"{out} was trained on another text, perhaps on what it is asked about here; give "
-               "the --data, --valid and --keep that it was trained with")
+               "the --data, --valid, --megabytes and --keep that it was trained with")
     if not names:
         return model
     return Fusion(model, names, text=text.train).fit(split_validation(text.valid)[1])
@@ -349,8 +349,9 @@ def show_rubric(runs, text, args):
 
 
 def write_pairs(runs, text, args):
-    if os.path.exists(args.pairs):
-        raise Problem(f"{args.pairs} is there already; name another with --pairs")
+    for path in (args.pairs, f"{args.pairs}.key"):
+        if os.path.exists(path):
+            raise Problem(f"{path} is there already; name another with --pairs")
     pages = [CRITERIA]
     pairs = blind_pairs(runs, [stories_of(run, text, args) for run in runs], args.seed)
     for number, (first, second, _) in enumerate(pairs, 1):

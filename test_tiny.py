@@ -144,7 +144,6 @@ def test_files_are_joined_and_lose_their_byte_order_marks(tmp_path, capsys):
     assert data.read([tmp_path / "a.txt", tmp_path / "b.txt"]).tobytes() == want
     assert data.split_stories(data.read([str(tmp_path / "*.txt")])) == [b"a\r\n", b"b\r\n"]
     assert "c.txt is empty" in capsys.readouterr().err
-    assert len(data.read([tmp_path / "a.txt"], limit=4)) == 1  # the mark counts
 
 
 def test_a_text_that_is_not_utf8_is_told(tmp_path, capsys):
@@ -164,7 +163,7 @@ def test_a_text_that_is_not_utf8_is_told(tmp_path, capsys):
     ("--data random.txt", ["random.txt seems to be binary or UTF-16"]),
     ("--data short.txt", ["too little text"]),
     ("--megabytes=x", ["--megabytes"]), ("--mega=1", ["--mega"]),
-    ("--keep=33 --data long.txt", ["--keep is a part"]),
+    ("--keep=33 --data long.txt", ["--keep is a part"]), ("--megabytes=0", ["is above 0"]),
 ])
 def test_bad_text_and_options_get_one_line(tmp_path, command, words):
     (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf\n")
@@ -244,7 +243,7 @@ def test_load_downloads_once_and_keeps_the_easiest_part(no_proxy, monkeypatch, c
     assert np.array_equal(data.easiest(whole.train, data.KEEP), first.train)
     assert np.array_equal(first.valid, whole.valid) and len(first.valid) > 2_000  # easy or not
     assert "easiest" in first.source and first.waited > 0
-    mine = data.load(options(data=[os.path.join("cache", "tinystories-0.06MB.txt")]))
+    mine = data.load(options(data=["cache/tinystories-100MB.txt"], megabytes=0.06))
     assert len(mine.train) == len(whole.train)  # a user's own text is read whole
 
 
@@ -265,7 +264,6 @@ NEW = b"a cat\0the bat sat on that zebra\0\0mat the rat"
 
 
 def test_a_textbook_case_by_hand():
-    """After a: b twice, c once. Each seen byte's share by the formula, in numbers."""
     text = b"abacab"
     p = {name: ngram.Textbook(text, 2, name).distribution(b"a", 1) for name in ngram.SMOOTHINGS}
     b, c, new = ord("b"), ord("c"), ord("z")
@@ -334,7 +332,6 @@ def test_generate_repeats_itself_and_stops_at_the_end_of_a_story():
     model = ngram.NGram(5).fit(data.encode(data.invent(600)))
     story = model.generate(b"Once upon", 3000, 0.5, seed=3)
     assert story == model.generate(b"Once upon", 3000, 0.5, seed=3)
-    assert story != model.generate(b"Once upon", 3000, 0.5, seed=4)
     assert model.generate(b"On", 99, 0, seed=3) == model.generate(b"On", 99, 0, seed=4)
     assert story.startswith(b"Once upon") and b"\0" not in story and len(story) < 3000
     assert len(model.generate(b"Once upon", 5)) == 14  # length counts what is generated
@@ -409,6 +406,13 @@ def test_every_byte_has_one_normalised_distribution_read_or_spelled(model, n):
     p = by_brute_force(model, ids)
     assert p.sum().item() == pytest.approx(1, abs=1e-4) and p.min() > 0
     assert torch.allclose(model.next_byte(ids)[0], p, atol=1e-5)
+
+
+def test_words_that_are_longer_than_their_hash_are_not_copied():
+    net = random_net(plain=False)
+    text = [0, *b"a" + b"x" * 30 + b" b" + b"x" * 23]
+    every = torch.tensor([[*text, byte] for byte in range(256)])
+    assert net(every)[0][:, -1].exp().sum().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_candidates_are_spelled_as_they_would_be_read():
@@ -733,7 +737,6 @@ def test_main_job(finished):
     assert result.stdout.rstrip().endswith(f"python sample.py --out {out}")
     looks = [float(x) for x in re.findall(r"([\d.]+) bits per byte \|", result.stdout)]
     assert len(looks) >= 5 and looks[-1] < 0.4 and os.listdir(out) == ["model.pt"]
-    # The closing figure is that of the saved model on the validation text, and all of that.
     model, content = tiny.load_checkpoint(out)
     valid = data.read([out.with_name("new.txt")])
     assert tiny.evaluate(model, valid) == pytest.approx(float(facts["val_bpb"]), abs=2e-3)
@@ -800,7 +803,6 @@ def test_steps_repeat_exactly_and_looking_changes_nothing(runs, monkeypatch):
 
 @pytest.mark.parametrize("cut, plain", [(1, []), (8, ["--plain", "--distill", 0.5]), (15, [])])
 def test_interrupted_and_resumed_equals_uninterrupted(runs, monkeypatch, cut, plain, capsys):
-    """Bit for bit, at the beginning, where the teacher stops and after two epochs."""
     more = ["--steps", 16, *plain]
     whole = runs("whole", *more)
     number = (signal.SIGTERM, signal.SIGINT)[cut % 2]
@@ -834,7 +836,6 @@ def test_two_runs_with_one_name_get_two_folders(runs, capsys):
     runs("a", "--steps", 3)
     assert "the model goes to a-2" in capsys.readouterr().out
     assert same(first, torch.load("a/model.pt", weights_only=True)["weights"])
-    assert tiny.load_checkpoint("a-2")[1]["state"]["step"] == 3
 
 
 def test_the_state_is_saved_each_minute_and_at_any_moment_whole(runs, monkeypatch, tmp_path):
@@ -1009,7 +1010,6 @@ def test_fused_is_better_than_each_head(fused):
 
 
 def test_generation_asks_the_heads_what_scoring_asked(fused, monkeypatch):
-    """A byte's distribution is the same whether a text is scored in windows or drawn."""
     monkeypatch.setattr(sample, "NEIGHBORS", 10**6)  # which is the last of 64 rounding may decide
     fusion, valid = fused
     fusion.weights = np.array([0.1, 0.2, 0.3, 0.4])

@@ -276,7 +276,7 @@ class Pointer(nn.Module):
         key = self.key(thoughts)
         score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, N, W), as in attention
         readable = torch.arange(key.shape[1], device=key.device) < done[:, :, None]
-        readable = readable & (size > 0)[:, None]
+        readable = readable & (size > 0)[:, None] & (size <= LONGEST_WORD)[:, None]
         score = score.masked_fill(~readable, -1e9)
         sentinel = query[..., :1] + 4  # + 4: at first as much as 55 words
         return torch.cat((sentinel, score), -1).log_softmax(-1)
@@ -298,8 +298,7 @@ class Pointer(nn.Module):
         alike = alike | (copied == 0)
         so_far = total.gather(1, begin + typed - 1)
         by_head = so_far[:, :, None] - gather(total, last)
-        log_weight = log_share + by_head
-        return log_weight.masked_fill(~alike, -math.inf)
+        return (log_share + by_head).masked_fill(~alike, -math.inf)
 
 
 def gather(x, index):
@@ -412,6 +411,7 @@ class WordGPT(GPT):
 
 CANDIDATES = 8  # of which the next word is chosen
 TEMPERATURE = 0.45  # a blind judge preferred it to 0.6 (README)
+OPENING = 50  # bytes of a story drawn as the model is: else a quarter have the same first sentence
 
 
 def choose(p, temperature=1.0, generator=None):
@@ -456,15 +456,19 @@ def next_word(model, ids, temperature, generator=None):
 @torch.inference_mode()
 def generate(model, prompt, length=1000, temperature=TEMPERATURE, generator=None):
     """Continue a prompt, bytes, by `length` bytes or to END. Yields bytes as they come: word by
-    word if the model has words and 0 < temperature < 1, otherwise each byte on its own. model: a
-    GPT, or what has its next_byte."""
-    by_word = hasattr(model, "spell") and 1e-6 < temperature < 1
+    word if the model has words and 0 < temperature < 1, otherwise each byte on its own; the first
+    OPENING bytes of a story at temperature 1. model: a GPT, or what has its next_byte."""
+    sharper = 1e-6 < temperature < 1  # than the model is
+    by_word = sharper and hasattr(model, "spell")
     ids = torch.tensor([[END, *prompt]])  # a story begins after an END
     while length > 0:
+        heat = temperature
+        if sharper and ids.shape[1] < OPENING:
+            heat = 1.0
         if by_word:
-            new = next_word(model, ids, temperature, generator)
+            new = next_word(model, ids, heat, generator)
         else:
-            new = choose(model.next_byte(ids).cpu(), temperature, generator)
+            new = choose(model.next_byte(ids).cpu(), heat, generator)
         ids = torch.cat((ids, new[None]), 1)
         piece, end, _ = bytes(new.tolist()).partition(bytes([END]))
         yield piece[:length]
@@ -512,8 +516,7 @@ class Batches:
         if taught:  # it has counted the second half, and would recite it: read in the first
             start = start % max(1, self.starts // 2 - self.context)
         position = start[:, None] + np.arange(self.context + 1)  # (B, T + 1)
-        ids = self.text[position].astype(np.int64)
-        ids = torch.from_numpy(ids)
+        ids = torch.from_numpy(self.text[position].astype(np.int64))
         if not taught:
             return ids, None
         q = self.teacher.probs(self.text, position[:, 1:].ravel())
@@ -586,7 +589,6 @@ def train(args, start):
     if args.resume:
         start = time.monotonic() - state["spent"]  # setting up again was free
     seconds = 60 * args.minutes - 2 * min(5, args.minutes)  # validating at the end takes some
-
     with stop_signals() as stop, tqdm(total=100, disable=None, leave=False) as bar:
         while True:
             # The fraction of the budget that is spent. A run also ends when it has read its text
@@ -606,8 +608,7 @@ def train(args, start):
             bits = loss.item() / math.log(2)
             state["loss"] += 0.05 * (bits - state["loss"])  # the mean of some twenty steps
             state["step"] += 1
-            percent = round(100 * progress)
-            bar.update(percent - bar.n)
+            bar.update(round(100 * progress) - bar.n)
             if progress >= state["next_look"]:
                 state["next_look"] = min(part for part in LOOKS if part > progress)
                 look(model, valid, state, args.seed)  # evaluate, continue PROMPT
@@ -794,8 +795,7 @@ def tell(model, prompt, length, seed):
 
 def look(model, valid, state, seed):
     """Evaluate on an eighth of the validation text, continue PROMPT, say what came out."""
-    eighth = valid[: len(valid) // 8]
-    bpb = evaluate(model, eighth)
+    bpb = evaluate(model, valid[: len(valid) // 8])
     story = tell(model, PROMPT, 40, seed).replace("\n", " ")
     say(f"{state['spent']:6.1f} s  step {state['step']:6,}  training {state['loss']:.3f}, "
         f"new text {bpb:.3f} bits per byte | {story}")
@@ -966,7 +966,7 @@ def main(argv=None, start=None):
     for name, value in [DEFAULT, PLAIN][args.plain].items():
         vars(args).setdefault(name, value)
     whole = [x for x in vars(args).values() if type(x) is int]
-    if min(whole) < 1 or not args.minutes > 0:
+    if min(whole) < 1 or not (args.minutes > 0 and args.rate > 0):
         parser.error("give numbers above 0")
     if args.width % (2 * args.heads) or args.context % 2:
         parser.error("--width must be a multiple of 2 x heads, --context even")
