@@ -79,7 +79,6 @@ def finished(tmp_path_factory, texts):
 # ---- The budget of reading -----------------------------------------------------------------------
 
 def test_the_four_chapters_can_be_read_in_one_sitting():
-    """At most 2,100 lines and 14,500 tokens (comments and docstrings left out)."""
     lines = tokens = 0
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
               tokenize.ENDMARKER}
@@ -622,6 +621,8 @@ def test_a_temperature_is_a_words_not_a_bytes(monkeypatch):
     powers = {word: chance**3 for word, chance in Park.chances.items()}
     for word, power in powers.items():
         assert told[word] / 600 == pytest.approx(power / sum(powers.values()), abs=0.06)
+    first = [next(tiny.generate(Park(), b"", 9, 0.2, generator)) for _ in range(200)]
+    assert first.count(b"park ") / 200 == pytest.approx(0.25, abs=0.12)  # an opening has none
     by_byte = types.SimpleNamespace(next_byte=Park().next_byte)
     told = b"".join(tiny.generate(by_byte, b"", 1500, 1 / 3, generator)).split()
     assert told.count(b"park") / len(told) == pytest.approx(0.036, abs=0.04)
@@ -1022,8 +1023,7 @@ def test_generation_asks_the_heads_what_scoring_asked(fused, monkeypatch):
 
 
 def test_cache_and_knn_vote_for_what_followed():
-    """Checked by eye: the state is like that at position 2, where 12 (or 22) followed."""
-    states = torch.eye(8)[None] * 8
+    states = torch.eye(8)[None] * 8  # like that at position 2, where 12 (or 22) followed
     followed = torch.tensor([[10, 11, 12, 13, -1]])
     moment = sample.Moment(states[:, 2], states[:, :5], followed, None, None)
     assert sample.cache_head(moment).argmax() == 12
