@@ -588,7 +588,7 @@ def train(args, start):
     run = Run(args, text, model, optimizers, state)  # saves; with --resume it restores, too
     if args.resume:
         start = time.monotonic() - state["spent"]  # setting up again was free
-    seconds = 60 * args.minutes - 2 * min(5, args.minutes)  # validating at the end takes some
+    seconds = 60 * args.minutes - (2 + args.plain) * min(5, args.minutes)  # the end takes some
     with stop_signals() as stop, tqdm(total=100, disable=None, leave=False) as bar:
         while True:
             # The fraction of the budget that is spent. A run also ends when it has read its text
