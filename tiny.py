@@ -966,7 +966,7 @@ def main(argv=None, start=None):
     for name, value in [DEFAULT, PLAIN][args.plain].items():
         vars(args).setdefault(name, value)
     whole = [x for x in vars(args).values() if type(x) is int]
-    if min(whole) < 1 or not (args.minutes > 0 and args.rate > 0):
+    if not min(args.rate, args.minutes, *whole) > 0:
         parser.error("give numbers above 0")
     if args.width % (2 * args.heads) or args.context % 2:
         parser.error("--width must be a multiple of 2 x heads, --context even")
