@@ -677,7 +677,6 @@ def test_batches_pair_each_byte_with_the_teachers_view_of_it():
             assert 0 <= at < len(counted) // 2 - 32  # what it has counted it would recite
             want = teacher.probs(counted, at + np.arange(32))
             assert np.allclose(distributions, want)  # number t is about byte t + 1 of the window
-    assert batches.get(0)[1] is None
 
 
 def test_batches_read_everything_once_before_anything_again():
@@ -723,7 +722,7 @@ def test_the_rate_of_all_optimizers_falls_to_0():
         loss = tiny.train_step(net, optimizers, windows(4), None, factor)
         same = [torch.equal(w, net.state_dict()[name]) for name, w in before.items()
                 if name != "memory.squares"]
-        assert all(same) == (factor == 0)
+        assert set(same) == {factor == 0}  # all of them learn, or none
     assert not torch.equal(before["memory.table"], net.memory.table)
     assert loss == pytest.approx(-net(windows(4))[0].mean().item(), rel=0.5)
 
@@ -795,10 +794,11 @@ def stop_at(monkeypatch, step, number):
     return count
 
 
-def test_steps_repeat_exactly_and_looking_changes_nothing(runs, monkeypatch):
+def test_steps_repeat_exactly_and_looking_changes_nothing(runs, monkeypatch, capsys):
     first = runs("a", "--steps", 12)
+    story = capsys.readouterr().out.partition("val_bpb")[0].splitlines()[-2]
     monkeypatch.setattr(tiny, "LOOKS", (0.9, 1))
-    assert same(first, runs("b", "--steps", 12))
+    assert same(first, runs("b", "--steps", 12)) and f"\n{story}\n" in capsys.readouterr().out
     assert not same(first, runs("c", "--steps", 12, "--seed", 2))
 
 
@@ -887,7 +887,6 @@ def test_a_full_disk_is_told_and_stops_no_training(runs, monkeypatch, capsys):
     full[:] = [True] * 99
     with pytest.raises(data.Problem, match="the model is not in b"):
         runs("b", "--steps", 3)
-    assert "val_bpb: " in capsys.readouterr().out
     stop_at(monkeypatch, 2, signal.SIGINT)
     with pytest.raises(SystemExit):
         runs("c", "--steps", 9)
@@ -1008,6 +1007,7 @@ def test_fused_is_better_than_each_head(fused):
     assert alone[0] == pytest.approx(tiny.evaluate(fusion.model, scored), rel=1e-4)
     counting = fusion.heads["ngram"].keywords["ngram"]
     assert alone[1] == pytest.approx(counting.bits_per_byte(scored), rel=1e-4)
+    assert len(fusion.heads["knn"].keywords["values"].unique()) > 20  # bytes that followed
 
 
 def test_generation_asks_the_heads_what_scoring_asked(fused, monkeypatch):
@@ -1034,7 +1034,7 @@ def test_cache_and_knn_vote_for_what_followed():
     assert p[0, 99] == pytest.approx(0.01 / 256)
 
 
-def test_weights_are_learned_on_other_bytes_than_are_scored(finished, texts, monkeypatch, capsys):
+def test_weights_are_learned_on_other_bytes_than_are_scored(finished, texts, monkeypatch):
     asked = []
     target_probs = sample.Fusion.target_probs
     def watched(self, text):
@@ -1046,8 +1046,6 @@ def test_weights_are_learned_on_other_bytes_than_are_scored(finished, texts, mon
     valid = data.read(texts[3:])
     assert np.array_equal(asked[0], valid[len(valid) // 2 :])
     assert np.array_equal(asked[1], valid[: len(valid) // 2])
-    lines = dict(re.findall(r"(\w+)_bpb: ([\d.]+)", capsys.readouterr().out))
-    assert float(lines["fused"]) <= float(lines["transformer"]) + 0.002
 
 
 REF = sample.Reference(data.encode(b"\0".join(
@@ -1059,7 +1057,7 @@ REF = sample.Reference(data.encode(b"\0".join(
     ("names_return", "Lily met Tom. " + "He ran. " * 9 + "Lily won.", 50),
     ("names_return", "She met him. " * 9, None),
     ("repeated_4", "a b c d e a b c d f", 100 * 1 / 7), ("repeated_4", "a b c", None),
-    ("copied_8", "he saw lily and tom with lily and bob", 50), ("copied_8", "so short", None),
+    ("copied_8", "he saw lily and tom with lily and bob ran", 100 / 3), ("copied_8", "so short", None),
 ])
 def test_the_rubric_counts_what_its_rows_say(row, story, value):
     found = getattr(sample, row)(story, REF)
@@ -1111,7 +1109,6 @@ def test_a_judgement_from_stories_to_sign_test(finished, texts, monkeypatch, tmp
     sample.main(["--tally", "answers"])
     told = capsys.readouterr()
     assert f"{out}: 6\nmine.txt: 0\nties: 0\np: 0.0312" in told.out
-    assert "another text" not in told.err
     refused(script(os.path.join(HERE, "sample.py"), "--tally", "nothing"), "No such file")
     with pytest.raises(data.Problem, match="pairs.txt is there already"):
         sample.main(["--judge", "real", "mine.txt", *more])
@@ -1135,7 +1132,7 @@ def test_runs_of_all_kinds_tell_stories_from_the_same_prompts(finished, texts, c
     assert sample.stories_of("real", short, args) == ["One", "Two poems\n"]
 
 
-def test_stories_are_told_as_they_come_and_whole_characters(finished, capsys):
+def test_stories_are_told_as_they_come_and_whole_characters(finished, monkeypatch, capsys):
     _, out = finished
     sample.main(["--out", str(out), "--n", "2", "--length", "40", "--prompt", "Où est 大"])
     first = capsys.readouterr().out
@@ -1143,6 +1140,9 @@ def test_stories_are_told_as_they_come_and_whole_characters(finished, capsys):
     sample.main(["--out", str(out), "--n", "2", "--length", "40", "--prompt", "Où est 大"])
     assert first == capsys.readouterr().out
     refused(script("sample.py", "--out", "nothing"), "cannot read", "train first")
+    monkeypatch.setattr(sample, "generate", lambda *_: iter([b"\xe5\xa4", b"\xa7 \xc3"]))
+    sample.main(["--out", str(out), "--n", "1"])
+    assert capsys.readouterr().out.endswith("大 \n\n")
 
 
 # ---- README.md -----------------------------------------------------------------------------------
