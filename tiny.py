@@ -411,7 +411,6 @@ class WordGPT(GPT):
 
 CANDIDATES = 8  # of which the next word is chosen
 TEMPERATURE = 0.45  # a blind judge preferred it to 0.6 (README)
-OPENING = 50  # bytes of a story drawn as the model is: else a quarter have the same first sentence
 
 
 def choose(p, temperature=1.0, generator=None):
@@ -456,19 +455,15 @@ def next_word(model, ids, temperature, generator=None):
 @torch.inference_mode()
 def generate(model, prompt, length=1000, temperature=TEMPERATURE, generator=None):
     """Continue a prompt, bytes, by `length` bytes or to END. Yields bytes as they come: word by
-    word if the model has words and 0 < temperature < 1, otherwise each byte on its own; the first
-    OPENING bytes of a story at temperature 1. model: a GPT, or what has its next_byte."""
-    sharper = 1e-6 < temperature < 1  # than the model is
-    by_word = sharper and hasattr(model, "spell")
+    word if the model has words and 0 < temperature < 1, otherwise each byte on its own. model: a
+    GPT, or what has its next_byte."""
+    by_word = hasattr(model, "spell") and 1e-6 < temperature < 1
     ids = torch.tensor([[END, *prompt]])  # a story begins after an END
     while length > 0:
-        heat = temperature
-        if sharper and ids.shape[1] < OPENING:
-            heat = 1.0
         if by_word:
-            new = next_word(model, ids, heat, generator)
+            new = next_word(model, ids, temperature, generator)
         else:
-            new = choose(model.next_byte(ids).cpu(), heat, generator)
+            new = choose(model.next_byte(ids).cpu(), temperature, generator)
         ids = torch.cat((ids, new[None]), 1)
         piece, end, _ = bytes(new.tolist()).partition(bytes([END]))
         yield piece[:length]
