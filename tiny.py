@@ -276,7 +276,8 @@ class Pointer(nn.Module):
         key = self.key(thoughts)
         score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, N, W), as in attention
         readable = torch.arange(key.shape[1], device=key.device) < done[:, :, None]
-        readable = readable & (size > 0)[:, None] & (size <= LONGEST_WORD)[:, None]
+        readable = readable & (size > 0)[:, None]
+        readable = readable & (size <= LONGEST_WORD)[:, None]  # a longer one's hash is not its own
         score = score.masked_fill(~readable, -1e9)
         sentinel = query[..., :1] + 4  # + 4: at first as much as 55 words
         return torch.cat((sentinel, score), -1).log_softmax(-1)
@@ -298,7 +299,8 @@ class Pointer(nn.Module):
         alike = alike | (copied == 0)
         so_far = total.gather(1, begin + typed - 1)
         by_head = so_far[:, :, None] - gather(total, last)
-        return (log_share + by_head).masked_fill(~alike, -math.inf)
+        log_weight = log_share + by_head
+        return log_weight.masked_fill(~alike, -math.inf)
 
 
 def gather(x, index):
@@ -511,7 +513,8 @@ class Batches:
         if taught:  # it has counted the second half, and would recite it: read in the first
             start = start % max(1, self.starts // 2 - self.context)
         position = start[:, None] + np.arange(self.context + 1)  # (B, T + 1)
-        ids = torch.from_numpy(self.text[position].astype(np.int64))
+        ids = self.text[position].astype(np.int64)
+        ids = torch.from_numpy(ids)
         if not taught:
             return ids, None
         q = self.teacher.probs(self.text, position[:, 1:].ravel())
@@ -603,7 +606,8 @@ def train(args, start):
             bits = loss.item() / math.log(2)
             state["loss"] += 0.05 * (bits - state["loss"])  # the mean of some twenty steps
             state["step"] += 1
-            bar.update(round(100 * progress) - bar.n)
+            percent = round(100 * progress)
+            bar.update(percent - bar.n)
             if progress >= state["next_look"]:
                 state["next_look"] = min(part for part in LOOKS if part > progress)
                 look(model, valid, state, args.seed)  # evaluate, continue PROMPT
@@ -790,7 +794,8 @@ def tell(model, prompt, length, seed):
 
 def look(model, valid, state, seed):
     """Evaluate on an eighth of the validation text, continue PROMPT, say what came out."""
-    bpb = evaluate(model, valid[: len(valid) // 8])
+    eighth = valid[: len(valid) // 8]
+    bpb = evaluate(model, eighth)
     story = tell(model, PROMPT, 40, seed).replace("\n", " ")
     say(f"{state['spent']:6.1f} s  step {state['step']:6,}  training {state['loss']:.3f}, "
         f"new text {bpb:.3f} bits per byte | {story}")
