@@ -41,6 +41,7 @@ import torch.nn.functional as F
 # ---- 1. Heads: other opinions about the next byte ------------------------------------------------
 # A head (not an attention head) turns a Moment into a full distribution, (B, 256), rows sum to 1.
 
+COUNTED = 15_000_000  # bytes of the training text that the n-gram counts; this takes seconds
 DATASTORE = 100_000  # bytes of the training text whose states are kept
 NEIGHBORS = 64  # entries of it that vote
 KNN_TEMPERATURE = 8.0  # of squared distances; a state has a squared length of C
@@ -100,7 +101,7 @@ class Fusion:
         self.heads = {}
         for name in names:
             if name == "ngram":
-                ngram = ngram or NGram().fit(text[:15_000_000])  # this takes seconds
+                ngram = ngram or NGram().fit(text[:COUNTED])
                 self.heads[name] = functools.partial(ngram_head, ngram=ngram)
             elif name == "knn":
                 keys = []
@@ -316,7 +317,7 @@ def stories_of(run, text, args):
     elif run == "real":
         stories = real
     elif run == "ngram":
-        ngram = NGram().fit(text.train[:15_000_000])
+        ngram = NGram().fit(text.train[:COUNTED])
         stories = [ngram.generate(x, LENGTH, args.temperature, i)
                    for i, x in enumerate(prompts, args.seed)]
     else:
