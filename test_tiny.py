@@ -594,8 +594,9 @@ def test_stories_begin_after_an_end_repeat_and_end_in_time(model):
 
 
 class Park:
-    """A stub that knows five words, `park` with 0.25 and four with b."""
+    """A stub that knows six words, `park` with 0.25, four with b, and a rare one."""
     chances = {b"park ": 0.25, b"bag ": 0.1875, b"bed ": 0.1875, b"bird ": 0.1875, b"box ": 0.1875}
+    chances[b"absurd "] = 0.005
     def read(self, ids):
         return None, ids[:, :0]
     def spell(self, reading, spelled):
@@ -616,11 +617,12 @@ def test_a_temperature_is_a_words_not_a_bytes(monkeypatch):
     0.964."""
     monkeypatch.setattr(tiny, "CANDIDATES", 64)
     generator = torch.Generator().manual_seed(0)
-    words = tiny.generate(Park(), b"", 10**6, 1 / 3, generator)
-    told = Counter(next(words) for _ in range(600))
-    powers = {word: chance**3 for word, chance in Park.chances.items()}
-    for word, power in powers.items():
-        assert told[word] / 600 == pytest.approx(power / sum(powers.values()), abs=0.06)
+    for prompt, exponent in ((b" " * 60, 3), (b"", 0.5)):  # a story's opening has a T of 2
+        told = Counter(next(tiny.generate(Park(), prompt, 9, 1 / 3, generator)) for _ in range(600))
+        powers = {word: chance**exponent for word, chance in Park.chances.items()}
+        for word, power in powers.items():
+            assert told[word] / 600 == pytest.approx(power / sum(powers.values()), abs=0.06)
+        assert not told[b"absurd "]
     by_byte = types.SimpleNamespace(next_byte=Park().next_byte)
     told = b"".join(tiny.generate(by_byte, b"", 1500, 1 / 3, generator)).split()
     assert told.count(b"park") / len(told) == pytest.approx(0.036, abs=0.04)

@@ -5,8 +5,7 @@ memory, layers over words, a pointer); how it is trained against the clock; how 
 counts (ngram.py) can teach one that learns.
 
 Axes: B windows of text in a batch, T bytes in a window, W words in it, C the model's width, H
-attention heads, D = C / H, K kinds of context that the memory looks up, N words that are typed.
-"""
+attention heads, D = C / H, K kinds of context that the memory looks up, N words that are typed."""
 import os
 import time
 
@@ -218,7 +217,7 @@ class Memory(nn.Module):
         out = F.embedding_bag(row, self.table, mode="sum", per_sample_weights=known)
         if learning:
             # As if `out` were a parameter: `backward` ends here and leaves the gradient of the
-            # sum, which is that of each of its rows, in out.grad. None is as large as the table.
+            # sum, which is that of each of its rows, in out.grad.
             out.requires_grad_()
             self.used = counter, known, out
         return out.view(*shape, -1)
@@ -227,8 +226,7 @@ class Memory(nn.Module):
     def step(self, lr):
         """Learn from the gradient of the last look-up; the loss was (nearly) its positions' mean.
         Row-wise Adagrad (Duchi et al. 2011; one number per row: Naumov et al. 2019): the larger a
-        row's gradients were, the smaller its steps. Rare contexts learn fast, common ones settle.
-        """
+        row's gradients were, the smaller its steps. Rare contexts learn fast, common ones less."""
         counter, known, out = self.used
         gradient = out.grad * len(out)  # (B T, C); undo the mean
         square = gradient.square().mean(1)
@@ -276,8 +274,8 @@ class Pointer(nn.Module):
         key = self.key(thoughts)
         score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, N, W), as in attention
         readable = torch.arange(key.shape[1], device=key.device) < done[:, :, None]
-        readable = readable & (size > 0)[:, None]
-        readable = readable & (size <= LONGEST_WORD)[:, None]  # a longer one's hash is not its own
+        fits = (size > 0) & (size <= LONGEST_WORD)  # a longer one's hash is not its own
+        readable = readable & fits[:, None]
         score = score.masked_fill(~readable, -1e9)
         sentinel = query[..., :1] + 4  # + 4: at first as much as 55 words
         return torch.cat((sentinel, score), -1).log_softmax(-1)
@@ -363,7 +361,6 @@ class WordGPT(GPT):
 
     # When sampling, a candidate for the next word completes no word before it ends. So while it is
     # spelled, all that the layers say stays the same: `read` computes it, `spell` has no attention.
-
     def read(self, ids):
         """Read a text, ids (1, n) int64, up to the word that has begun. -> what spell wants: bytes
         (1, T), Words, film (1, 1, 2 C), log_share (1, 1, W + 1); and the letters begun (1, t)"""
@@ -411,8 +408,11 @@ class WordGPT(GPT):
 
 # ---- 3. Sampling: one word after the other -------------------------------------------------------
 
-CANDIDATES = 8  # of which the next word is chosen
-TEMPERATURE = 0.45  # a blind judge preferred it to 0.6 (README)
+TEMPERATURE = 0.3  # a blind judge preferred it to 0.45 (README)
+CANDIDATES = 16  # of which the next word is chosen
+FLOOR = 3.0  # nats by which a candidate may be below the likeliest: a twentieth of its probability
+OPENING = 50  # bytes of a story with a temperature of their own, so that not all begin alike
+OPENING_TEMPERATURE = 2.0
 
 
 def choose(p, temperature=1.0, generator=None):
@@ -428,14 +428,15 @@ def choose(p, temperature=1.0, generator=None):
 
 def next_word(model, ids, temperature, generator=None):
     """Draw the next word, up to the byte that ends it. model: a WordGPT, or what has its context,
-    read and spell; ids (1, n) int64: the text; 0 < temperature < 1 -> (m,) int64
+    read and spell; ids (1, n) int64: the text; temperature above 0 -> (m,) int64
 
     A temperature per byte is not a temperature per word. Say `park` has 0.25, and four words with b
     have 0.08 each. Sharpened byte by byte, b (0.32) beats p (0.25), and the story goes on with a
     word that is not the likeliest. What we want is a word with a probability proportional to
     p(word)^(1/temperature). Drawing several candidates from the model as it is gives p(word);
-    keeping one in proportion to p(word)^(1/temperature - 1), `park` 0.25^1.2 against 0.08^1.2,
-    makes up for the rest (importance resampling, Rubin 1987; exact with infinitely many)."""
+    keeping one in proportion to p(word)^(1/temperature - 1), `park` 0.25^2.3 against 0.08^2.3,
+    makes up for the rest (importance resampling, Rubin 1987; exact with infinitely many). A high
+    temperature allows absurd words: those below FLOOR are dropped (min-p, Nguyen et al. 2024)."""
     reading, begun = model.read(ids)
     spelled = begun.repeat(CANDIDATES, 1)  # (N, t)
     log_p = torch.zeros(CANDIDATES)  # of each candidate, nats
@@ -449,7 +450,9 @@ def next_word(model, ids, temperature, generator=None):
         log_p += going * drawn.log()
         length += going
         going &= LETTER[byte]
-    chance = (log_p * (1 / temperature - 1)).softmax(0)  # (N,)
+    weight = log_p * (1 / temperature - 1)  # (N,)
+    weight[log_p < log_p.max() - FLOOR] = -math.inf
+    chance = weight.softmax(0)
     kept = choose(chance[None], generator=generator)[0]
     return spelled[kept, begun.shape[1] :][: length[kept]].cpu()
 
@@ -457,12 +460,14 @@ def next_word(model, ids, temperature, generator=None):
 @torch.inference_mode()
 def generate(model, prompt, length=1000, temperature=TEMPERATURE, generator=None):
     """Continue a prompt, bytes, by `length` bytes or to END. Yields bytes as they come: word by
-    word if the model has words and 0 < temperature < 1, otherwise each byte on its own. model: a
-    GPT, or what has its next_byte."""
+    word if the model has words and 0 < temperature < 1 (it holds after the OPENING), otherwise
+    each byte on its own. model: a GPT, or what has its next_byte."""
     by_word = hasattr(model, "spell") and 1e-6 < temperature < 1
     ids = torch.tensor([[END, *prompt]])  # a story begins after an END
     while length > 0:
-        if by_word:
+        if by_word and ids.shape[1] <= OPENING:
+            new = next_word(model, ids, OPENING_TEMPERATURE, generator)
+        elif by_word:
             new = next_word(model, ids, temperature, generator)
         else:
             new = choose(model.next_byte(ids).cpu(), temperature, generator)
@@ -504,8 +509,7 @@ class Batches:
         if epoch != self.epoch:
             self.epoch = epoch
             random = np.random.default_rng((self.seed, epoch))
-            # Windows begin elsewhere in each epoch.
-            first = random.integers(min(self.context, self.starts))
+            first = random.integers(min(self.context, self.starts))  # elsewhere in each epoch
             windows = np.arange(first, self.starts, self.context)
             windows = random.permutation(windows)
             self.order = np.resize(windows, self.per_epoch * self.batch)  # repeats a few if needed
@@ -606,8 +610,7 @@ def train(args, start):
             bits = loss.item() / math.log(2)
             state["loss"] += 0.05 * (bits - state["loss"])  # the mean of some twenty steps
             state["step"] += 1
-            percent = round(100 * progress)
-            bar.update(percent - bar.n)
+            bar.update(round(100 * progress) - bar.n)
             if progress >= state["next_look"]:
                 state["next_look"] = min(part for part in LOOKS if part > progress)
                 look(model, valid, state, args.seed)  # evaluate, continue PROMPT
@@ -626,7 +629,6 @@ def train(args, start):
 # You may stop reading here. What follows is arithmetic (words, hashes, the pointer for all words at
 # once), a known optimizer, checkpoints, options. The subject goes on in sample.py.
 # ==================================================================================================
-
 
 # ---- 6. Words and contexts in numbers, the pointer for all words, bits per byte, Muon ------------
 
@@ -708,8 +710,7 @@ def evaluation_windows(text, context, batch=16):
     padded = np.concatenate((np.zeros(1), text, np.zeros(context)))
     padded = torch.from_numpy(padded.astype(np.int64))
     starts = torch.arange(0, max(1, len(text) - half), half)
-    for start in starts.split(batch):
-        start = start[:, None]  # (b, 1)
+    for start in starts[:, None].split(batch):  # (b, 1)
         at = start + torch.arange(context + 1)  # (b, T + 1)
         scored = (at >= start + half) | (start == 0)
         scored &= at < len(text)
@@ -794,8 +795,7 @@ def tell(model, prompt, length, seed):
 
 def look(model, valid, state, seed):
     """Evaluate on an eighth of the validation text, continue PROMPT, say what came out."""
-    eighth = valid[: len(valid) // 8]
-    bpb = evaluate(model, eighth)
+    bpb = evaluate(model, valid[: len(valid) // 8])
     story = tell(model, PROMPT, 40, seed).replace("\n", " ")
     say(f"{state['spent']:6.1f} s  step {state['step']:6,}  training {state['loss']:.3f}, "
         f"new text {bpb:.3f} bits per byte | {story}")
@@ -918,9 +918,8 @@ def load_checkpoint(out):
 
 
 def prepare_cpu():
-    """Save a third of the time: numbers below 10^-38, for which most processors take a hundred
-    times as long, become 0; and glibc (on Linux) keeps large blocks that were freed, which each
-    step would otherwise fetch anew, emptied page by page."""
+    """Save a third of the time: numbers below 10^-38, a hundred times as slow on most processors,
+    become 0; and glibc (on Linux) keeps freed blocks, which each step would else fetch anew."""
     torch.set_flush_denormal(True)
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
