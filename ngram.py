@@ -28,7 +28,8 @@ END = 0  # the byte between stories, and before the first
 # context, whose distribution shares them out among all bytes. So each distribution sums to 1; the
 # literature calls it interpolation with the lower order. The context "quick brown f" may be new,
 # but "brown f" was seen, and if not, "n f". A context that was never seen hands down everything.
-# All seven models, the useless one among them, are one formula, for n = 1, 2, ... up to the order:
+# All seven models, the useless one among them, are one formula, for n = 1, 2, ... up to the order
+# (add-k skips those between: its p_{n-1} is p_0):
 #
 #     p_n(w | h) = (c(h w) - discount) / denominator  +  handed / denominator * p_{n-1}(w | h')
 #
@@ -38,7 +39,7 @@ END = 0  # the byte between stories, and before the first
 #     denominator  c(h) + added: 4
 #     h'           h without its farthest byte; below order 1 stands the uniform p_0 = 1/256
 #
-# The models differ in `smooth`, and both Kneser-Neys in what they count (section 2).
+# The models differ in `smooth` and `discounts`; both Kneser-Neys count otherwise (section 2).
 
 KNESER_NEY = ("kneser-ney", "modified-kneser-ney")
 SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute",
@@ -76,7 +77,7 @@ class Textbook:
             denominator = count.sum() + added
             handed = discount.sum() + added
             p *= handed / denominator  # p was that of order n - 1; with the next line it is p_n
-            p[list(followers)] += (count - discount) / denominator
+            p[list(followers)] += (count - discount) / denominator  # (in the order of `count`)
         return p
 
 
@@ -96,8 +97,8 @@ def smooth(smoothing, count, different, constants):
     """What each smoothing takes and adds. -> discount (E,), added
 
     count (E,) integers: how often each follower was met. different: how many different followers
-    there are. constants (4,): see `discounts`. (Of R contexts at once: `different`, `added` (R,).)
-    """
+    there are. constants (4,): see `discounts`. (NGram asks about R contexts at once: then
+    `different` and `added` are (R,).)"""
     none = np.zeros(len(count))
     if smoothing == "maximum-likelihood":  # nothing: what was never seen is impossible
         return none, 0
@@ -121,8 +122,8 @@ def discounts(smoothing, n, count):
     and Kneser-Ney take the same y = met[1] / (met[1] + 2 met[2]) from every count. Modified
     Kneser-Ney takes c - y (c + 1) met[c + 1] / met[c]. With 40, 20, 10 and 5 n-grams met 1, 2, 3
     and 4 times, y is 0.5, and the three discounts are 0.5, 1.25 and 2. (Equations 17 and 26 of Chen
-    & Goodman.) Clipped to between 0.01, so that new bytes stay possible, and c."""
-    if smoothing == "jelinek-mercer":  # a share of the count: the longer, the less it is worth
+    & Goodman.) At least 0.01, so that new bytes stay possible, at most c."""
+    if smoothing == "jelinek-mercer":  # a share: counts of longer contexts are worth less
         return np.full(4, min(0.9, n / 12))
     met = np.bincount(np.minimum(count, 5), minlength=6).astype(float)
     y = met[1] / max(1, met[1] + 2 * met[2])
@@ -278,7 +279,7 @@ class NGram:
         h = np.zeros(len(data), np.uint64)  # the hash of each event's context
         for a in range(0, len(data), SLICE):
             some = np.arange(a, min(a + SLICE, len(data)))
-            *_, h[some] = context_hashes(data, some, self.order - 1)
+            *_, h[some] = context_hashes(data, some, self.order - 1)  # the last: the longest
         position = np.arange(len(data), dtype=np.int32)
         for n in range(self.order, 0, -1):
             events = (h & ~np.uint64(255)) | data[position]
@@ -289,7 +290,7 @@ class NGram:
                     position = position[kept]
                 farthest = byte_before(data, position, n - 1)
                 h -= (farthest + np.uint64(1)) * power(n - 1)
-            self.counts[n] = Counts(events)
+            self.counts[n] = Counts(events)  # last, as it sorts them in place
             self.constants[n] = discounts(self.smoothing, n, self.counts[n].count)
         return self
 

@@ -9,11 +9,12 @@ counting what goes wrong (a rubric), or by someone who does not know whose they 
     python sample.py --judge out mine.txt                   pairs of stories for a blind judge
     python sample.py --tally answers.txt                    which run the judge preferred
 
-A RUN is a folder of tiny.py ("out"), the same with heads fused in ("out+ngram+cache"), the counting
-model ("ngram"), the validation stories ("real"), or a file. (Fused stories come byte by byte.)
+A RUN is a folder of tiny.py ("out") or the same with heads fused in ("out+ngram+cache", told
+byte by byte); to --rubric and --judge also the counting model ("ngram"), the validation
+stories ("real"), or a file.
 
-Axes: B positions side by side, P earlier positions in the window, C the model's width, M entries of
-the datastore, k neighbors."""
+Axes: B positions side by side, P positions of a window, C the model's width, M entries of the
+datastore, k neighbors."""
 import argparse
 import codecs
 import functools
@@ -39,7 +40,8 @@ import torch.nn.functional as F
 
 
 # ---- 1. Heads: other opinions about the next byte ------------------------------------------------
-# A head (not an attention head) turns a Moment into a full distribution, (B, 256), rows sum to 1.
+# A head (neither attention's nor GPT.head) turns a Moment into full distributions, (B, 256): rows
+# sum to 1. `moments`, after the banner, yields Moments for all bytes of a text, B at a time.
 
 COUNTED = 15_000_000  # bytes of the training text that the n-gram counts; this takes seconds
 DATASTORE = 100_000  # bytes of the training text whose states are kept
@@ -66,7 +68,7 @@ def knn_head(moment, keys, values):
 
     keys (M, C): states; values (M,) int64: the bytes that followed. Similar means near: for a state
     a and a key b, |a - b|^2 = |a|^2 - 2ab + |b|^2; softmax does not see |a|^2."""
-    distance = torch.addmm(keys.square().sum(1), moment.state, keys.T, alpha=-2)  # (B, M)
+    distance = keys.square().sum(1) - 2 * moment.state @ keys.T  # (B, M)
     near, index = distance.topk(min(NEIGHBORS, len(keys)), largest=False)  # (B, k)
     return vote(F.softmax(-near / KNN_TEMPERATURE, -1), values[index])
 
@@ -94,7 +96,8 @@ class Fusion:
     fusion usually adds logarithms; this is linear interpolation of probabilities.) A head may know
     something that the others do not, so the mixture needs fewer bits. But with --plain two thirds
     of it are the n-gram. It knows better which letters come next, and that is most of the bits;
-    after a dozen bytes it does not know whom the story is about, but that costs few bits."""
+    after a dozen bytes it does not know whom the story is about, but that costs few bits. (Are the
+    stories worse, then? The original says so; ours were not: README.)"""
     def __init__(self, model, names, ngram=None, text=None):
         """names: of ngram, knn, cache; text: (n,) uint8, for the first two; ngram: if counted"""
         self.model = model
@@ -132,8 +135,8 @@ class Fusion:
 
     def next_byte(self, ids):
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
-        # `| a b` becomes `a b |`, to which moments sees `| a b |`: its last row is about the byte
-        # after b, for which the last | stands.
+        # moments puts an END (|) before a text and predicts each byte of it. ids are `| a b`. Its
+        # last prediction for the text `a b |` is what we want: of the byte after b, whatever it is.
         text = ids[0].roll(-1).numpy().astype(np.uint8)
         *_, (moment, _, _) = moments(self.model, text[-self.model.context :])
         state, past, followed, text, at = moment

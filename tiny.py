@@ -5,7 +5,7 @@ memory, layers over words, a pointer); how it is trained against the clock; how 
 counts (ngram.py) can teach one that learns.
 
 Axes: B windows of text in a batch, T bytes in a window, W words in it, C the model's width, H
-attention heads, D = C / H, K kinds of context that the memory looks up, N words that are typed."""
+attention heads, D = C / H, K kinds of context that the memory looks up, N words being spelled."""
 import os
 import time
 
@@ -45,8 +45,8 @@ def norm(x):
 
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021). x (..., T, D); cos, sin (T, D/2) -> (..., T, D)
-    Each pair of numbers, j and j + D/2, is turned by an angle that grows with the position. Turning
-    both vectors of a product alike changes nothing: it depends on how far apart they stand."""
+    Each pair of numbers, j and j + D/2, is turned by an angle that grows with the position. So
+    the product of two vectors depends on the difference of their angles: on their distance."""
     a, b = x.chunk(2, dim=-1)
     turned_a = a * cos + b * sin
     turned_b = b * cos - a * sin
@@ -110,7 +110,7 @@ class GPT(nn.Module):
         nn.init.zeros_(self.head.weight)  # at step 0 it predicts 1/256 for every byte: 8 bits
         pairs = width // heads // 2
         frequency = 10000.0 ** (-torch.arange(pairs) / pairs)
-        angle = torch.arange(context + 1)[:, None] * frequency  # a row a position: (.., D/2)
+        angle = torch.arange(context + 1)[:, None] * frequency  # (.., D/2); + 1: WordGPT needs it
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -131,7 +131,7 @@ class GPT(nn.Module):
         return pick(log_p, ids[:, 1:]), states
 
     def next_byte(self, ids):
-        """ids (1, n) int64 -> p (1, 256) of the byte after them. (All of the window once more.)"""
+        """ids (1, n) int64 -> p (1, 256) of the byte after them. (Slow: reads all anew.)"""
         ids = ids[:, -self.context :].to(self.cos.device)
         log_p, _ = self(F.pad(ids, (0, 1)), full=True)  # the byte that is added is not looked at
         return log_p[:, -1].exp()
@@ -144,7 +144,11 @@ def pick(p, ids):
 
 # ---- 2. The model of words -----------------------------------------------------------------------
 # Layers over bytes cost much, and five minutes are too short to learn spelling by attention. So
-# here layers look at whole words, and everything smaller is left to a table: see `WordGPT`, last.
+# here layers look at whole words, and everything smaller is left to a table, the memory. The map:
+#     bytes      embedding + memory ---------------------> scale, shift -> head -> pointer
+#                       | at the words' ends                  ^ of the last complete word
+#     words             +-> layer -> layer --> thoughts ------+
+#
 # Letters are also digits, the apostrophe and UTF-8 beyond ASCII; but the first byte of a Chinese,
 # Japanese or Korean character, 227 or more, stands for a space.
 LETTER = [bytes([b]).isalnum() or b == ord("'") or 128 <= b < 227 for b in range(256)]
@@ -168,11 +172,11 @@ class Words(NamedTuple):
     size: torch.Tensor  # (B, W) how many letters each word has
 
 
-# A byte looks up, in one large table, a vector for each of the contexts in which it stands: "after
-# the bytes ` wen`", "in a word that began `we`, after `she`" (`contexts`, section 6). The hash of a
-# context is its row, collisions and all (Svenstrup et al. 2017): no count, but C numbers that help.
+# A byte looks up, in one large table, a vector for each of the contexts that it completes: the last
+# byte, the last two ...; in "once she wen" also `wen`; `wen` after `she`; `wen` after `once she`;
+# `wen`, two words after `once`. The hash (`contexts`) is the row (Svenstrup et al. 2017).
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes
-KINDS = len(GRAMS) + 4  # and four that are about words
+KINDS = len(GRAMS) + 4  # and the four of words
 COUNTER_BITS = 24  # the highest of a hash name a counter; the first 19 of these, a row
 
 
@@ -185,11 +189,12 @@ class Memory(nn.Module):
 
         the first time          it is only counted: rare ones stay out (McMahan et al. 2013)
         again in that epoch     its row is used, and learns
-        in later epochs         used if it came three times: without this place, and without the
-                                first time, which taught nothing, one is left
+        in later epochs         used if it came three times: without this time, and without one
+                                that taught nothing, the first, a time is left
         on new text             used if it came at all
 
-    Contexts share counters (41 % in use after 14 MB, as many new ones pass for known) and rows."""
+    Contexts share rows and counters: after 14 MB 41 % of the counters are in use, so 41 % of new
+    contexts pass for known. (With four times as many counters the bits were the same.)"""
     def __init__(self, width, rows):
         """rows: a power of 2, at most 2^COUNTER_BITS."""
         super().__init__()
@@ -224,11 +229,11 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def step(self, lr):
-        """Learn from the gradient of the last look-up; the loss was (nearly) its positions' mean.
+        """Learn from the gradient of the last look-up. (The loss was a mean over its positions.)
         Row-wise Adagrad (Duchi et al. 2011; one number per row: Naumov et al. 2019): the larger a
         row's gradients were, the smaller its steps. Rare contexts learn fast, common ones less."""
         counter, known, out = self.used
-        gradient = out.grad * len(out)  # (B T, C); undo the mean
+        gradient = out.grad * len(out)  # (B T, C); undo the mean (a window's last has no loss)
         square = gradient.square().mean(1)
         row = counter >> self.shift  # (B T, K)
         for k in range(row.shape[1]):  # one kind at a time: no (B T, K, C) array
@@ -247,7 +252,7 @@ class Pointer(nn.Module):
     at the Lily that was read does not (pointer-sentinel mixture, Merity et al. 2016).
 
     Where a word begins, one softmax gives a share a_i to each earlier word i, and the rest, a_0
-    (the sentinel's), to the head, which spells. So the next word comes about in one of many *ways*:
+    (the sentinel's), to GPT.head, which spells. So the next word comes about in one of many *ways*:
     the head spells all of it, or a word is copied and the head spells what follows it (`played`
     after `play`, and the closing byte). A way that gives the letters so far has the weight
 
@@ -277,19 +282,24 @@ class Pointer(nn.Module):
         fits = (size > 0) & (size <= LONGEST_WORD)  # a longer one's hash is not its own
         readable = readable & fits[:, None]
         score = score.masked_fill(~readable, -1e9)
-        sentinel = query[..., :1] + 4  # + 4: at first as much as 55 words
+        sentinel = query[..., :1] + 4  # e^4: at first as much as 55 words
         return torch.cat((sentinel, score), -1).log_softmax(-1)
 
     def log_ways(self, log_share, words, begin, typed, total):
         """The logarithms of the ways' weights, (B, N, W + 1). begin, typed (B, N): where N words
-        begin, how many of their bytes are typed; total (B, T): the running sum of log p_head.
-        At the end of "|Lily saw Tim. Ti", begin 15, typed 2, for sentinel, |, Lily, saw, Tim: size
-        0 0 4 3 3, copied 0 0 2 2 2, last 14 14 16 16 16, their_last 0 0 2 7 11, alike y y n n y"""
+        begin, how many of their bytes are typed; total (B, T): log p_head of all bytes up to each.
+        At the end of "|Lily saw Tim. Ti", begin 15, typed 2:
+                            head             |     Lily  saw   Tim
+            size            0                0     4     3     3
+            copied          0                0     2     2     2
+            last            14               14    16    16    16   of those copied: where here,
+            their_last      0                0     2     7     11   where in the earlier word
+            alike           yes              yes   no    no    yes
+            weight          a_0 p_head(Ti)   0     0     0     a_4  (| has no share)"""
         size = F.pad(words.size, (1, 0))  # the sentinel is a word of no letters
-        their_begin = F.pad(words.end, (1, 0)) - size
-        their_begin = their_begin.clamp(min=1)  # for words of no letters any will do
+        their_begin = (F.pad(words.end, (1, 0)) - size).clamp(min=1)  # if of no letters: anywhere
         copied = torch.minimum(size[:, None], typed[:, :, None])  # (B, N, W + 1)
-        last = begin[:, :, None] + copied - 1  # the last of them here, and in the earlier word
+        last = begin[:, :, None] + copied - 1
         their_last = their_begin[:, None] + copied - 1
         # Copied letters must be the same: so must the hashes of as many. The head gives the rest.
         here = gather(words.prefix, last)
@@ -318,12 +328,7 @@ class WordGPT(GPT):
     the whole word. There are five times fewer words than bytes, so two layers over words cost less
     than one over bytes. Within a word, the memory says what letters follow these letters, and the
     thought of the last complete word, what the story says, scales and shifts that (FiLM, Perez et
-    al. 2018). Last, the pointer copies words.
-
-        bytes      embedding + memory ---------------------> scale, shift -> head -> pointer
-                          | at the words' ends                  ^ of the last complete word
-        words             +-> layer -> layer --> thoughts ------+
-    """
+    al. 2018). Last, the pointer copies words. (The map: where section 2 begins.)"""
     def __init__(self, layers=2, heads=4, width=128, context=512, rows=2**19):
         super().__init__(layers, heads, width, context)
         self.memory = Memory(width, rows)
@@ -331,18 +336,18 @@ class WordGPT(GPT):
         nn.init.zeros_(self.film.weight)
         self.pointer = Pointer(width)
 
-    def look_up(self, ids, words, last):
-        """The vectors of the last so many bytes: the embedding, and what the memory knows of their
-        contexts. ids (B, T), Words -> (B, last, C)"""
-        hashes = contexts(ids, words)[:, -last:]
-        x = self.embed(ids[:, -last:])
+    def look_up(self, ids, words, n):
+        """The vectors of the last n bytes: the embedding, and what the memory knows of their
+        contexts. ids (B, T), Words -> (B, n, C)"""
+        hashes = contexts(ids, words)[:, -n:]
+        x = self.embed(ids[:, -n:])
         x = x + self.memory(hashes)
         return norm(x)
 
     def look_around(self, ids):
         """ids (B, T) -> Words; thoughts (B, W, C), what layers say of each word; film (B, W + 1,
-        2 C), for the bytes after it; states (B, T, C). (None of these looks ahead.)"""
-        words = find_words(ids)
+        2 C), for the bytes after it; states (B, T, C). (No look ahead: words count when done.)"""
+        words = find_words(ids)  # section 6
         x = self.look_up(ids, words, ids.shape[1])  # (B, T, C)
         thoughts = self.think(take(x, words.end))
         and_none = F.pad(thoughts, (0, 0, 1, 0))  # before the first word: zeros
@@ -356,7 +361,7 @@ class WordGPT(GPT):
         states = states[:, :-1]
         head = F.log_softmax(self.head(states).float(), -1)  # (B, T, 256)
         log_head = pick(head, ids[:, 1:])  # (B, T)
-        # Of each byte c log P(letters and c) - log P(letters): see Pointer.
+        # In section 6: of each byte c, log P(letters and c) - log P(letters), as Pointer says.
         return log_next(self.pointer, states, thoughts, words, log_head), states
 
     # When sampling, a candidate for the next word completes no word before it ends. So while it is
@@ -375,30 +380,30 @@ class WordGPT(GPT):
         return (seen, words, take(film, done), log_share), ids[:, begin:]
 
     def spell(self, reading, spelled):
-        """What comes next in each candidate? spelled (N, t) int64: its t letters -> p (N, 256)
-        (`log_next` does the same for a whole text; tests hold the two together.)"""
+        """What comes next in each of B candidates? spelled (B, t) int64: their t letters -> p (B,
+        256). (`log_next` does the same for a whole text; tests hold the two together.)"""
         seen, words, film, log_share = reading
-        N, t = spelled.shape
+        B, t = spelled.shape
         T = seen.shape[1]
-        ids = torch.cat((seen.expand(N, -1), spelled), 1)
+        ids = torch.cat((seen.expand(B, -1), spelled), 1)
         now = find_words(ids)
         scale, shift = film.chunk(2, -1)
         x = self.look_up(ids, now, t + 1)  # from the byte before the word on
         states = norm(x * (1 + scale) + shift)
-        head = F.log_softmax(self.head(states).float(), -1)  # (N, t + 1, 256)
+        head = F.log_softmax(self.head(states).float(), -1)  # (B, t + 1, 256)
         log_head = pick(head[:, :t], spelled)
         total = F.pad(log_head.cumsum(1), (T, 0))  # 0 for all that was seen
-        begin = ids.new_full((N, 1), T)  # B = N candidates, and in each one word that is typed
-        typed = ids.new_full((N, 1), t)
+        begin = ids.new_full((B, 1), T)  # N = 1 word a candidate
+        typed = ids.new_full((B, 1), t)
         now = now._replace(end=words.end, size=words.size)  # a candidate copies no candidate
-        ways = self.pointer.log_ways(log_share, now, begin, typed, total)  # (N, 1, W + 1)
-        share = ways[:, 0].softmax(-1)  # (N, W + 1): what the letters leave of the shares
+        ways = self.pointer.log_ways(log_share, now, begin, typed, total)  # (B, 1, W + 1)
+        share = ways[:, 0].softmax(-1)  # (B, W + 1), after "Ti": head 0.03, Tim 0.97
         to_head, to_words = share.split([1, share.shape[1] - 1], 1)
         goes_on = words.size > t  # (1, W), by a letter
-        to_head = to_head + (to_words * ~goes_on).sum(1, keepdim=True)
+        to_head = to_head + (to_words * ~goes_on).sum(1, keepdim=True)  # words that are complete
         their_next = words.end[0] - words.size[0] + t
-        following = seen[0, their_next.clamp(max=T - 1)]  # (W,)
-        p = to_head * head[:, -1].exp()  # (N, 256)
+        following = seen[0, their_next.clamp(max=T - 1)]  # (W,), of Tim the m (clamped: unused)
+        p = to_head * head[:, -1].exp()  # (B, 256)
         return p.index_add(1, following, to_words * goes_on)
 
     def next_byte(self, ids):
@@ -408,11 +413,11 @@ class WordGPT(GPT):
 
 # ---- 3. Sampling: one word after the other -------------------------------------------------------
 
-TEMPERATURE = 0.3  # a blind judge preferred it to 0.45 (README)
+TEMPERATURE = 0.3  # likelier words make better stories (README)
 CANDIDATES = 16  # of which the next word is chosen
 FLOOR = 3.0  # nats by which a candidate may be below the likeliest: a twentieth of its probability
-OPENING = 50  # bytes of a story with a temperature of their own, so that not all begin alike
-OPENING_TEMPERATURE = 2.0
+OPENING = 50  # bytes of a story, prompt included, told at
+OPENING_TEMPERATURE = 2.0  # so that not all stories begin alike
 
 
 def choose(p, temperature=1.0, generator=None):
@@ -427,30 +432,30 @@ def choose(p, temperature=1.0, generator=None):
 
 
 def next_word(model, ids, temperature, generator=None):
-    """Draw the next word, up to the byte that ends it. model: a WordGPT, or what has its context,
-    read and spell; ids (1, n) int64: the text; temperature above 0 -> (m,) int64
+    """Draw the next word, up to the byte that ends it. model: a WordGPT, or what has its read
+    and spell; ids (1, n) int64: the text; temperature above 0 -> (m,) int64
 
     A temperature per byte is not a temperature per word. Say `park` has 0.25, and four words with b
     have 0.08 each. Sharpened byte by byte, b (0.32) beats p (0.25), and the story goes on with a
     word that is not the likeliest. What we want is a word with a probability proportional to
-    p(word)^(1/temperature). Drawing several candidates from the model as it is gives p(word);
-    keeping one in proportion to p(word)^(1/temperature - 1), `park` 0.25^2.3 against 0.08^2.3,
-    makes up for the rest (importance resampling, Rubin 1987; exact with infinitely many). A high
-    temperature allows absurd words: those below FLOOR are dropped (min-p, Nguyen et al. 2024)."""
+    p(word)^(1/temperature). Candidates drawn from the model as it is come in proportion to p(word).
+    One is kept in proportion to the rest, p(word)^(1/temperature - 1), at 0.3 `park` 0.25^2.3,
+    the others 0.08^2.3 (importance resampling, Rubin 1987; exact with infinitely many). A high
+    temperature allows nonsense: those below FLOOR are dropped (min-p, Nguyen et al. 2024)."""
     reading, begun = model.read(ids)
-    spelled = begun.repeat(CANDIDATES, 1)  # (N, t)
+    spelled = begun.repeat(CANDIDATES, 1)  # (B, t)
     log_p = torch.zeros(CANDIDATES)  # of each candidate, nats
     length = torch.full((CANDIDATES,), 0)
     going = torch.full((CANDIDATES,), True)  # not ended; those that have grow on, unused
     while going.any() and length.max() < LONGEST_WORD:
-        p = model.spell(reading, spelled).cpu()  # (N, 256)
-        byte = choose(p, generator=generator)  # (N,)
+        p = model.spell(reading, spelled).cpu()  # (B, 256)
+        byte = choose(p, generator=generator)  # (B,)
         spelled = torch.cat((spelled, byte[:, None].to(spelled.device)), 1)
         drawn = p.gather(1, byte[:, None])[:, 0]
         log_p += going * drawn.log()
         length += going
         going &= LETTER[byte]
-    weight = log_p * (1 / temperature - 1)  # (N,)
+    weight = log_p * (1 / temperature - 1)  # (B,)
     weight[log_p < log_p.max() - FLOOR] = -math.inf
     chance = weight.softmax(0)
     kept = choose(chance[None], generator=generator)[0]
@@ -460,7 +465,7 @@ def next_word(model, ids, temperature, generator=None):
 @torch.inference_mode()
 def generate(model, prompt, length=1000, temperature=TEMPERATURE, generator=None):
     """Continue a prompt, bytes, by `length` bytes or to END. Yields bytes as they come: word by
-    word if the model has words and 0 < temperature < 1 (it holds after the OPENING), otherwise
+    word if the model has words and 0 < temperature < 1 (then the OPENING has its own), otherwise
     each byte on its own. model: a GPT, or what has its next_byte."""
     by_word = hasattr(model, "spell") and 1e-6 < temperature < 1
     ids = torch.tensor([[END, *prompt]])  # a story begins after an END
@@ -489,7 +494,7 @@ class Batches:
     """Windows of the text, in an order drawn anew for each epoch, and the teacher's view of them.
     They are drawn without replacement: all of the text is read before any of it is read again."""
     def __init__(self, text, batch, context, seed, teacher=None):
-        """text: (n,) uint8, n > context; teacher: an NGram that has counted its second half"""
+        """text: (n,) uint8, n > context; teacher: an NGram that has counted only its second half"""
         self.text = np.append(np.uint8(END), text)  # END before the first story
         self.batch = batch
         self.context = context
@@ -540,7 +545,7 @@ def distillation_loss(log_p, target, teacher, weight):
 
 MEMORY_RATE = 0.4
 DISTILL_WEIGHT = 0.6  # of the teacher in the loss, while it teaches
-LOOKS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1)  # progress at which to evaluate
+LOOKS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1)  # progress; at 1 after the loop
 PROMPT = b"Once upon a time, there was a little"
 ORDER = 12  # of the n-gram that is counted first
 SAVE_EVERY = 60.0  # seconds
@@ -590,7 +595,7 @@ def train(args, start):
     run = Run(args, text, model, optimizers, state)  # saves; with --resume it restores, too
     if args.resume:
         start = time.monotonic() - state["spent"]  # setting up again was free
-    seconds = 60 * args.minutes - (2 + args.plain) * min(5, args.minutes)  # the end takes some
+    seconds = 60 * args.minutes - (2 + args.plain) * min(5, args.minutes)  # the end
     with stop_signals() as stop, tqdm(total=100, disable=None, leave=False) as bar:
         while True:
             # The fraction of the budget that is spent. A run also ends when it has read its text
@@ -604,8 +609,7 @@ def train(args, start):
             ids, distributions = batches.get(state["step"], taught=progress < args.distill)
             if not args.plain:
                 model.memory.first_epoch = state["step"] < batches.per_epoch
-            # Full speed for half the budget, then down to 0 in a straight line.
-            factor = args.rate * min(1.0, 2 * (1 - progress))
+            factor = args.rate * min(1.0, 2 * (1 - progress))  # full for half, then down to 0
             loss = train_step(model, optimizers, ids, distributions, factor)
             bits = loss.item() / math.log(2)
             state["loss"] += 0.05 * (bits - state["loss"])  # the mean of some twenty steps
@@ -638,7 +642,7 @@ def previous(x):
 
 
 def find_words(ids):
-    """ids (B, T) int64 -> Words. A text with fewer words than another has zeros in their place."""
+    """ids (B, T) int64 -> Words (see its example). A text with fewer words has zeros instead."""
     B, T = ids.shape
     letter = LETTER.to(ids.device)[ids]
     letter[:, 0] = False  # the window may begin within a word, of which nothing is known
@@ -670,8 +674,6 @@ def contexts(ids, words):
         h = previous(h) * ODD + text + 1  # Horner's rule again: the last n bytes
         if n in GRAMS:
             found.append(h[:, max(GRAMS) :])
-    # In "once she wen": `wen`; `wen` after `she`; `wen` after `once she`; `wen`, two words after
-    # `once`. At a byte that ends a word, as in "once she,": `,`; `,` after `she`; and so on.
     whole = words.prefix.gather(1, (words.end - 1).clamp(min=0))  # (B, W), of complete words
     whole = whole * (words.size > 0)
     whole = (whole ^ (whole >> 32)) * ODD  # else `ab` after `cd` were `ac` after `bd`: the same sum
@@ -752,7 +754,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x):
     """Push all singular values of a matrix x (r, c) towards 1 with five Newton-Schulz steps:
     x -> a x + b (x x') x + c (x x')^2 x leaves the singular vectors alone and sends each singular
-    value s to a s + b s^3 + c s^5, with Jordan's a, b, c from 0.1 to 0.34, 0.99, 0.71, 1.11."""
+    value s to a s + b s^3 + c s^5. With Jordan's a, b, c below 0.1 becomes 0.34, 0.99, 0.71 ..."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T  # the smaller product x x'
     x = x / (x.norm() + 1e-7)
@@ -841,8 +843,7 @@ class Run:
         buffer = io.BytesIO()
         torch.save(content, buffer)
         try:
-            path = os.path.join(self.out, "model.pt")
-            data.save(path, buffer.getbuffer())
+            data.save(os.path.join(self.out, "model.pt"), buffer.getbuffer())
             return True
         except OSError as error:
             notice(f"no checkpoint was written: {error}")
