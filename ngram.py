@@ -146,8 +146,9 @@ def discounts(smoothing, n, count):
 
 def continuation_counts(longer):
     """The counts of order n + 1, {(context, byte): count} -> the continuation counts of order n.
-    Each different longer n-gram puts one different byte in front of the shorter one. (F has less
-    than a third of d here, as the discount takes most of its single count.)
+    Each different longer n-gram puts a different byte in front of the shorter one. (Below, "g " is
+    new, so what is known of " " decides; F has less than a third of d, as the discount takes most
+    of its single count.)
 
     >>> text = b"San Francisco, San Francisco, San Francisco, my dog, a dog, the dog"
     >>> for smoothing in ("absolute", "kneser-ney"):
@@ -222,9 +223,9 @@ class Counts:
         count = np.diff(first, append=len(events))
         grams = events[first]  # each different n-gram once
         context = grams >> np.uint64(8)
-        first = run_starts(context)
-        self.context = context[first]  # (contexts,) uint64: 56 bits of the hash, ascending
-        self.start = np.append(first, len(grams)).astype(np.uint32)  # where its followers begin
+        begin = run_starts(context)
+        self.context = context[begin]  # (contexts,) uint64: 56 bits of the hash, ascending
+        self.start = np.append(begin, len(grams)).astype(np.uint32)  # where its followers begin
         self.byte = grams.astype(np.uint8)  # (n-grams,) the follower
         self.count = count.astype(np.min_scalar_type(count.max()))  # (n-grams,) unsigned
 

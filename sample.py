@@ -78,7 +78,7 @@ def cache_head(moment):
     known = moment.followed >= 0  # (B, P)
     score = CACHE_SCALE * torch.einsum("bc,bpc->bp", moment.state, moment.past)
     share = F.softmax(score.masked_fill(~known, -1e9), -1)
-    return vote(share * known, moment.followed.clamp(min=0))
+    return vote(share * known, moment.followed.clamp(min=0))  # if none is known: nothing
 
 
 def vote(share, byte):
@@ -242,7 +242,7 @@ def blind_pairs(runs, stories, seed):
     pairs, in another order for other runs."""
     rng = np.random.default_rng(zlib.crc32(f"{runs} {seed}".encode()))
     n = min(map(len, stories))
-    first = rng.permutation(np.arange(n) % 2).tolist()
+    first = rng.permutation(np.arange(n) % 2).tolist()  # whose story comes first, 0 or 1
     pairs = []
     for i, k in zip(rng.permutation(n), first):
         pairs.append((stories[k][i], stories[1 - k][i], k))
@@ -286,7 +286,7 @@ def moments(model, text):
         log_p, states = model(ids)
         ids, target = ids[0, :-1], ids[0, 1:]
         position = torch.arange(len(ids))
-        begin = torch.where(ids == END, position, 0).cummax(0).values  # of the story there
+        begin = torch.where(ids == END, position, 0).cummax(0).values  # (P,) of the story there
         t = scored[0].nonzero()  # (B, 1)
         visible = (position < t) & (position >= begin[t])  # (B, P): earlier, in the same story
         past = states.expand(len(t), -1, -1)  # the whole window, masked by `followed`

@@ -93,8 +93,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin):
         x = x + self.attention(norm(x), cos, sin)  # (B, T, C)
-        hidden = self.up(norm(x))  # (B, T, 4 C)
-        hidden = F.relu(hidden).square()
+        hidden = F.relu(self.up(norm(x))).square()  # (B, T, 4 C)
         return x + self.down(hidden)
 
 
@@ -398,7 +397,8 @@ class WordGPT(GPT):
         now = now._replace(end=words.end, size=words.size)  # a candidate copies no candidate
         ways = self.pointer.log_ways(log_share, now, begin, typed, total)  # (B, 1, W + 1)
         share = ways[:, 0].softmax(-1)  # (B, W + 1), after "Ti": head 0.03, Tim 0.97
-        to_head, to_words = share.split([1, share.shape[1] - 1], 1)
+        to_head = share[:, :1]
+        to_words = share[:, 1:]
         goes_on = words.size > t  # (1, W), by a letter
         to_head = to_head + (to_words * ~goes_on).sum(1, keepdim=True)  # words that are complete
         their_next = words.end[0] - words.size[0] + t
@@ -500,7 +500,7 @@ class Batches:
         self.context = context
         self.seed = seed
         self.teacher = teacher
-        self.starts = len(self.text) - context
+        self.starts = len(self.text) - context  # places where a window may begin
         self.step_bytes = context * batch
         self.per_epoch = max(1, self.starts // self.step_bytes)  # steps
         self.last_step = EPOCHS * max(self.per_epoch, LEAST // self.step_bytes)
@@ -595,7 +595,8 @@ def train(args, start):
     run = Run(args, text, model, optimizers, state)  # saves; with --resume it restores, too
     if args.resume:
         start = time.monotonic() - state["spent"]  # setting up again was free
-    seconds = 60 * args.minutes - (2 + args.plain) * min(5, args.minutes)  # the end
+    # Two seconds a minute, with --plain three, are left for the last evaluation and story.
+    seconds = 60 * args.minutes - (2 + args.plain) * min(5, args.minutes)
     with stop_signals() as stop, tqdm(total=100, disable=None, leave=False) as bar:
         while True:
             # The fraction of the budget that is spent. A run also ends when it has read its text
@@ -790,8 +791,7 @@ def count_ngram(args, text, valid):
 def tell(model, prompt, length, seed):
     """A story, from random numbers of its own: it changes nothing in the training. -> str"""
     generator = torch.Generator().manual_seed(seed)
-    told = generate(model, prompt, length, generator=generator)
-    story = prompt + b"".join(told)
+    story = prompt + b"".join(generate(model, prompt, length, generator=generator))
     return story.decode("utf-8", "ignore")  # without a character that was cut off
 
 
