@@ -28,8 +28,7 @@ END = 0  # the byte between stories, and before the first
 # context, whose distribution shares them out among all bytes. So each distribution sums to 1; the
 # literature calls it interpolation with the lower order. The context "quick brown f" may be new,
 # but "brown f" was seen, and if not, "n f". A context that was never seen hands down everything.
-# All seven models, the useless one among them, are one formula, for n = 1, 2, ... up to the order
-# (add-k skips those between: its p_{n-1} is p_0):
+# All seven models, the useless one among them, are one formula, for n = 1, 2, ... up to the order:
 #
 #     p_n(w | h) = (c(h w) - discount) / denominator  +  handed / denominator * p_{n-1}(w | h')
 #
@@ -39,7 +38,8 @@ END = 0  # the byte between stories, and before the first
 #     denominator  c(h) + added: 4
 #     h'           h without its farthest byte; below order 1 stands the uniform p_0 = 1/256
 #
-# The models differ in `smooth` and `discounts`; both Kneser-Neys count otherwise (section 2).
+# Here p_n(a | h) = (3 - 0.75) / 4 + 1.5 / 4 * p_{n-1}(a | h'). The models differ in `smooth`
+# and `discounts`; both Kneser-Neys count otherwise (section 2); add-k has nothing between n and 0.
 
 KNESER_NEY = ("kneser-ney", "modified-kneser-ney")
 SMOOTHINGS = ("maximum-likelihood", "add-k", "jelinek-mercer", "witten-bell", "absolute",
@@ -53,7 +53,7 @@ class Textbook:
         self.order = order
         self.smoothing = smoothing
         counts = {}  # counts[n][h, w]: the count of w after the n-1 bytes h
-        for n in range(order, 0, -1):  # downwards: Kneser-Ney counts n-grams in the longer ones
+        for n in range(order, 0, -1):  # downwards: Kneser-Ney counts in the keys of the longer ones
             if n < order and smoothing in KNESER_NEY:
                 counts[n] = continuation_counts(counts[n + 1])  # section 2
             else:
@@ -115,7 +115,8 @@ def smooth(smoothing, count, different, constants):
 
 
 def discounts(smoothing, n, count):
-    """What counts of 0, 1, 2, and 3 or more give up. count: of all n-grams of order n. -> (4,)
+    """What counts of 0, 1, 2, and 3 or more give up (Jelinek-Mercer: the share; others do not ask).
+    count: of all n-grams of order n. -> (4,)
 
     Let met[c] be how many different n-grams were met c times. One that was met once may well be
     chance; the more there are of these, the more each count should give up. Absolute discounting
@@ -147,8 +148,8 @@ def discounts(smoothing, n, count):
 def continuation_counts(longer):
     """The counts of order n + 1, {(context, byte): count} -> the continuation counts of order n.
     Each different longer n-gram puts a different byte in front of the shorter one. (Below, "g " is
-    new, so what is known of " " decides; F has less than a third of d, as the discount takes most
-    of its single count.)
+    new, so " " decides. After it stand 11 counts, F 3 and d 3, and 8 continuation counts, F 1 and
+    d 3; the discount takes most of a single one.)
 
     >>> text = b"San Francisco, San Francisco, San Francisco, my dog, a dog, the dog"
     >>> for smoothing in ("absolute", "kneser-ney"):

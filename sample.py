@@ -50,7 +50,12 @@ KNN_TEMPERATURE = 8.0  # of squared distances; a state has a squared length of C
 CACHE_SCALE = 0.25  # of dot products
 
 class Moment(NamedTuple):
-    """All that a head may look at before it predicts the next byte."""
+    """All that a head may look at before it predicts the next byte, at B positions side by side,
+    say those of the second half of a window (| is an END):
+        position   0  1  2  3  4  5
+        ids        a  b  |  c  d  e
+        target     b  |  c  d  e  f
+        followed  -1 -1  c  d -1 -1   the row (P,) of position 4, which predicts e"""
     state: torch.Tensor  # (B, C) from which the transformer predicts it
     past: torch.Tensor  # (B, P, C) the states of the whole window
     followed: torch.Tensor  # (B, P) int64, the byte after each; -1 if later, or in another story
@@ -136,11 +141,11 @@ class Fusion:
     def next_byte(self, ids):
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
         # moments puts an END (|) before a text and predicts each byte of it. ids are `| a b`. Its
-        # last prediction for the text `a b |` is what we want: of the byte after b, whatever it is.
+        # last Moment of the text `a b |` is what we want: before the byte after b, be it | or not.
         text = ids[0].roll(-1).numpy().astype(np.uint8)
         *_, (moment, _, _) = moments(self.model, text[-self.model.context :])
-        state, past, followed, text, at = moment
-        last = Moment(state[-1:], past[-1:], followed[-1:], text, at[-1:])
+        state, past, followed, seen, at = moment  # of B positions; the last is wanted
+        last = Moment(state[-1:], past[-1:], followed[-1:], seen, at[-1:])
         heads = [head(last) for head in self.heads.values()]
         p = torch.cat((self.model.next_byte(ids), *heads))  # (1 + heads, 256)
         return torch.from_numpy(self.weights).float()[None] @ p
@@ -275,12 +280,7 @@ def sign_test(wins, losses):
 @torch.no_grad()
 def moments(model, text):
     """Read text, (n,) uint8, as tiny.evaluate does, each byte once, in order. Yields, for the B
-    scored positions of a window, the Moment, target (B,) and the transformer's p (B,) of it.
-    Here the second half of a window is scored, and | stands for END:
-        position   0  1  2  3  4  5
-        ids        a  b  |  c  d  e
-        target     b  |  c  d  e  f
-        followed  -1 -1  c  d -1 -1   (P,), in the row, of B, that predicts position 4's target"""
+    scored positions of a window, the Moment, target (B,) and the transformer's p (B,) of it."""
     done = 0
     for ids, scored in evaluation_windows(text, model.context, batch=1):
         log_p, states = model(ids)
@@ -310,7 +310,7 @@ def open_run(run, text):
 
 
 def stories_of(run, text, args):
-    """Stories of a RUN, from the same prompts as all runs', cut to LENGTH. -> list of str"""
+    """Stories of a RUN, from the same prompts (but a file's are its own), cut to LENGTH -> list"""
     real = split_stories(text.valid)
     prompts = [re.match(rb"(\s*\S+){1,5}", story)[0] for story in real[: args.n]]
     prompts = [prompt[:60] for prompt in prompts]  # where there are no spaces a word may be long

@@ -106,10 +106,10 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(256, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.head = nn.Linear(width, 256, bias=False)
-        nn.init.zeros_(self.head.weight)  # at step 0 it predicts 1/256 for every byte: 8 bits
+        nn.init.zeros_(self.head.weight)  # at step 0 each byte has 1/256: 8 bits (a pointer: less)
         pairs = width // heads // 2
         frequency = 10000.0 ** (-torch.arange(pairs) / pairs)
-        angle = torch.arange(context + 1)[:, None] * frequency  # (.., D/2); + 1: WordGPT needs it
+        angle = torch.arange(context + 1)[:, None] * frequency  # (.., D/2); WordGPT reads T + 1
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -176,7 +176,7 @@ class Words(NamedTuple):
 # `wen`, two words after `once`. The hash (`contexts`) is the row (Svenstrup et al. 2017).
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes
 KINDS = len(GRAMS) + 4  # and the four of words
-COUNTER_BITS = 24  # the highest of a hash name a counter; the first 19 of these, a row
+COUNTER_BITS = 24  # a hash's highest 24 bits are its counter's index, the highest 19 its row's
 
 
 class Memory(nn.Module):
@@ -184,18 +184,17 @@ class Memory(nn.Module):
 
     When a text is read again, a row that was learned nowhere but here gives away which byte came
     here, and the model learns to trust what says nothing about new text. So a row is used where it
-    was taught elsewhere, and the first epoch counts at how many steps each context came:
+    was taught elsewhere (or nowhere: then it is 0). The first epoch counts the steps of a context:
 
         the first time          it is only counted: rare ones stay out (McMahan et al. 2013)
         again in that epoch     its row is used, and learns
-        in later epochs         used if it came three times: without this time, and without one
-                                that taught nothing, the first, a time is left
+        in later epochs         used, and learns on, if the first counted three: here; once as the
+                                first, which taught nothing; and so at least once elsewhere
         on new text             used if it came at all
 
     Contexts share rows and counters: after 14 MB 41 % of the counters are in use, so 41 % of new
     contexts pass for known. (With four times as many counters the bits were the same.)"""
-    def __init__(self, width, rows):
-        """rows: a power of 2, at most 2^COUNTER_BITS."""
+    def __init__(self, width, rows):  # rows: a power of 2, at most 2^COUNTER_BITS
         super().__init__()
         self.first_epoch = True  # the training loop says when it is over
         self.shift = COUNTER_BITS - (rows.bit_length() - 1)  # counter >> shift is the row
@@ -220,8 +219,8 @@ class Memory(nn.Module):
         row = counter >> self.shift
         out = F.embedding_bag(row, self.table, mode="sum", per_sample_weights=known)
         if learning:
-            # As if `out` were a parameter: `backward` ends here and leaves the gradient of the
-            # sum, which is that of each of its rows, in out.grad.
+            # As if `out` were a parameter (the table is none): `backward` ends here and leaves the
+            # gradient of the sum, which is that of each of its rows, in out.grad, for `step`.
             out.requires_grad_()
             self.used = counter, known, out
         return out.view(*shape, -1)
@@ -261,7 +260,7 @@ class Pointer(nn.Module):
     that after "Lily saw Tim. " the shares are Lily 0.1, saw 0.1, Tim 0.3, head 0.5, and that the
     head gives `Ti` a probability of 0.02. After "Lily saw Tim. Ti" two ways are left:
 
-        Tim    0.3             for the letter m: 97 % of the sum
+        Tim    0.3             for the letter m: 0.3 / 0.31 = 97 %
         head   0.5 x 0.02      for all bytes, as the head sees fit
 
     After the m, Tim is complete: what follows is for the head to say, in both."""
@@ -286,7 +285,7 @@ class Pointer(nn.Module):
 
     def log_ways(self, log_share, words, begin, typed, total):
         """The logarithms of the ways' weights, (B, N, W + 1). begin, typed (B, N): where N words
-        begin, how many of their bytes are typed; total (B, T): log p_head of all bytes up to each.
+        begin, how many of their bytes are typed; total (B, ...): the running sum of log p_head.
         At the end of "|Lily saw Tim. Ti", begin 15, typed 2:
                             head             |     Lily  saw   Tim
             size            0                0     4     3     3
@@ -294,7 +293,8 @@ class Pointer(nn.Module):
             last            14               14    16    16    16   of those copied: where here,
             their_last      0                0     2     7     11   where in the earlier word
             alike           yes              yes   no    no    yes
-            weight          a_0 p_head(Ti)   0     0     0     a_4  (| has no share)"""
+            by_head         p(Ti)            p(Ti) 1     1     1    head's part (not its log)
+            weight          a_0 p(Ti)        0     0     0     a_4  (| has no share)"""
         size = F.pad(words.size, (1, 0))  # the sentinel is a word of no letters
         their_begin = (F.pad(words.end, (1, 0)) - size).clamp(min=1)  # if of no letters: anywhere
         copied = torch.minimum(size[:, None], typed[:, :, None])  # (B, N, W + 1)
@@ -391,18 +391,18 @@ class WordGPT(GPT):
         states = norm(x * (1 + scale) + shift)
         head = F.log_softmax(self.head(states).float(), -1)  # (B, t + 1, 256)
         log_head = pick(head[:, :t], spelled)
-        total = F.pad(log_head.cumsum(1), (T, 0))  # 0 for all that was seen
+        total = F.pad(log_head.cumsum(1), (T, 0))  # (B, T + t), 0 for all that was seen
         begin = ids.new_full((B, 1), T)  # N = 1 word a candidate
         typed = ids.new_full((B, 1), t)
-        now = now._replace(end=words.end, size=words.size)  # a candidate copies no candidate
+        now = now._replace(end=words.end, size=words.size)  # only seen words can be copied
         ways = self.pointer.log_ways(log_share, now, begin, typed, total)  # (B, 1, W + 1)
         share = ways[:, 0].softmax(-1)  # (B, W + 1), after "Ti": head 0.03, Tim 0.97
-        to_head = share[:, :1]
-        to_words = share[:, 1:]
+        to_head = share[:, :1]  # (B, 1)
+        to_words = share[:, 1:]  # (B, W)
         goes_on = words.size > t  # (1, W), by a letter
         to_head = to_head + (to_words * ~goes_on).sum(1, keepdim=True)  # words that are complete
-        their_next = words.end[0] - words.size[0] + t
-        following = seen[0, their_next.clamp(max=T - 1)]  # (W,), of Tim the m (clamped: unused)
+        their_next = words.end[0] - words.size[0] + t  # (W,) places in seen
+        following = seen[0, their_next.clamp(max=T - 1)]  # (W,) of Tim the m (clamped: unused)
         p = to_head * head[:, -1].exp()  # (B, 256)
         return p.index_add(1, following, to_words * goes_on)
 
@@ -416,8 +416,8 @@ class WordGPT(GPT):
 TEMPERATURE = 0.3  # likelier words make better stories (README)
 CANDIDATES = 16  # of which the next word is chosen
 FLOOR = 3.0  # nats by which a candidate may be below the likeliest: a twentieth of its probability
-OPENING = 50  # bytes of a story, prompt included, told at
-OPENING_TEMPERATURE = 2.0  # so that not all stories begin alike
+OPENING = 50  # bytes of a story, prompt included, that have a temperature of their own:
+OPENING_TEMPERATURE = 2.0  # thus not all stories begin alike
 
 
 def choose(p, temperature=1.0, generator=None):
@@ -440,8 +440,8 @@ def next_word(model, ids, temperature, generator=None):
     word that is not the likeliest. What we want is a word with a probability proportional to
     p(word)^(1/temperature). Candidates drawn from the model as it is come in proportion to p(word).
     One is kept in proportion to the rest, p(word)^(1/temperature - 1), at 0.3 `park` 0.25^2.3,
-    the others 0.08^2.3 (importance resampling, Rubin 1987; exact with infinitely many). A high
-    temperature allows nonsense: those below FLOOR are dropped (min-p, Nguyen et al. 2024)."""
+    the others 0.08^2.3 (importance resampling, Rubin 1987; exact with infinitely many). At 2 it is
+    p^-0.5: rare words are favoured, but those below FLOOR dropped (min-p, Nguyen et al. 2024)."""
     reading, begun = model.read(ids)
     spelled = begun.repeat(CANDIDATES, 1)  # (B, t)
     log_p = torch.zeros(CANDIDATES)  # of each candidate, nats
@@ -494,7 +494,7 @@ class Batches:
     """Windows of the text, in an order drawn anew for each epoch, and the teacher's view of them.
     They are drawn without replacement: all of the text is read before any of it is read again."""
     def __init__(self, text, batch, context, seed, teacher=None):
-        """text: (n,) uint8, n > context; teacher: an NGram that has counted only its second half"""
+        """text: (n,) uint8, n > context; teacher: an NGram of its second half, or one not asked"""
         self.text = np.append(np.uint8(END), text)  # END before the first story
         self.batch = batch
         self.context = context
@@ -514,7 +514,7 @@ class Batches:
         if epoch != self.epoch:
             self.epoch = epoch
             random = np.random.default_rng((self.seed, epoch))
-            first = random.integers(min(self.context, self.starts))  # elsewhere in each epoch
+            first = random.integers(min(self.context, self.starts))  # other windows in each epoch
             windows = np.arange(first, self.starts, self.context)
             windows = random.permutation(windows)
             self.order = np.resize(windows, self.per_epoch * self.batch)  # repeats a few if needed
@@ -661,7 +661,7 @@ def find_words(ids):
     done = closes.cumsum(1)
     row, at = closes.nonzero(as_tuple=True)
     end = ids.new_zeros(B, max(1, done.max()))
-    end[row, done[row, at] - 1] = at  # of row's first word, done is 1
+    end[row, done[row, at] - 1] = at  # of row's first word, done is 1 (zeros: never copied)
     size = end - begin.gather(1, end)
     return Words(begin, prefix, done, end, size)
 
@@ -702,7 +702,7 @@ def log_next(pointer, states, thoughts, words, log_head):
     total = F.pad(log_head.cumsum(1), (1, 0))
     ways = pointer.log_ways(log_share, words, begin, typed, total)
     log_p = ways.logsumexp(-1)  # of the word's bytes up to this one
-    return log_p - previous(log_p) * (typed > 1)
+    return log_p - previous(log_p) * (typed > 1)  # of no letters the log is 0
 
 
 def evaluation_windows(text, context, batch=16):
@@ -714,7 +714,7 @@ def evaluation_windows(text, context, batch=16):
     padded = torch.from_numpy(padded.astype(np.int64))
     starts = torch.arange(0, max(1, len(text) - half), half)
     for start in starts[:, None].split(batch):  # (b, 1)
-        at = start + torch.arange(context + 1)  # (b, T + 1)
+        at = start + torch.arange(context + 1)  # (b, T + 1); padded[at + 1] is text[at]
         scored = (at >= start + half) | (start == 0)
         scored &= at < len(text)
         yield padded[at], scored[:, :-1]
@@ -755,7 +755,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x):
     """Push all singular values of a matrix x (r, c) towards 1 with five Newton-Schulz steps:
     x -> a x + b (x x') x + c (x x')^2 x leaves the singular vectors alone and sends each singular
-    value s to a s + b s^3 + c s^5. With Jordan's a, b, c below 0.1 becomes 0.34, 0.99, 0.71 ..."""
+    value s to a s + b s^3 + c s^5. With Jordan's (below) 0.1 becomes 0.34, 0.99, 0.71, 1.11 ..."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T  # the smaller product x x'
     x = x / (x.norm() + 1e-7)
@@ -810,7 +810,7 @@ class Run:
         self.optimizers = optimizers
         self.state = state
         self.saved = time.monotonic()
-        # What a run and the one that resumes it must have in common: all but
+        # A run and the one that resumes it must have all options in common but these:
         free = ("resume", "out", "device", "data", "valid", "megabytes", "keep")
         self.options = {name: x for name, x in vars(args).items() if name not in free}
         self.options |= dict(text=zlib.crc32(text.train), valid=zlib.crc32(text.valid))
