@@ -175,14 +175,13 @@ class Reference:
     def __init__(self, text):
         inside = Counter()
         capitalised = Counter()
-        hashes = []
+        self.grams = set()
         for story in split_stories(text):
             story = story.decode("utf-8", "replace")
-            hashes.append(np.array([hash(gram) for gram in grams(story, 8)], np.int64))
+            self.grams.update(hash(gram) for gram in grams(story, 8))
             for word in re.findall(r"(?<=[a-z,] )[A-Za-z]{3,}", story):  # begins no sentence
                 inside[word.lower()] += 1
                 capitalised[word.lower()] += word[0].isupper()
-        self.grams = np.unique(np.concatenate(hashes))
         self.names = set()
         for word, count in capitalised.items():
             if count >= 5 and count > 0.9 * inside[word]:
@@ -216,9 +215,9 @@ def repeated_4(story, ref):
 
 def copied_8(story, ref):
     """Share of word 8-grams that stand in the training text, %. Catches recitation."""
-    found = [hash(gram) for gram in grams(story, 8)]
+    found = [hash(gram) in ref.grams for gram in grams(story, 8)]
     if found:
-        return 100 * np.isin(found, ref.grams).mean()
+        return 100 * np.mean(found)
 
 
 def rubric(stories, ref):
