@@ -391,7 +391,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         usage="python sample.py [options]", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description='A RUN is a folder of tiny.py, "out+ngram+cache", "ngram", "real" or a file.',
+        description='A RUN is a folder of tiny.py or "out+ngram+cache", to --rubric and --judge '
+        'also "ngram", "real" or a file.',
         epilog='example: python sample.py --prompt "One day, a cat" --n 3 --temperature 0.7')
     add = parser.add_argument
     add("--out", default="out", metavar="RUN", help="whose stories")

@@ -188,8 +188,8 @@ class Memory(nn.Module):
 
         the first time          it is only counted: rare ones stay out (McMahan et al. 2013)
         again in that epoch     its row is used, and learns
-        in later epochs         used, and learns on, if the first counted three: here; once as the
-                                first, which taught nothing; and so at least once elsewhere
+        in later epochs         used, and learns on, if it was counted three times: here; the first
+                                time, which taught nothing; and so at least once elsewhere
         on new text             used if it came at all
 
     Contexts share rows and counters: after 14 MB 41 % of the counters are in use, so 41 % of new
@@ -345,7 +345,7 @@ class WordGPT(GPT):
 
     def look_around(self, ids):
         """ids (B, T) -> Words; thoughts (B, W, C), what layers say of each word; film (B, W + 1,
-        2 C), for the bytes after it; states (B, T, C). (No look ahead: words count when done.)"""
+        2 C), for the bytes after it; states (B, T, C). (A byte sees complete words only.)"""
         words = find_words(ids)  # section 6
         x = self.look_up(ids, words, ids.shape[1])  # (B, T, C)
         thoughts = self.think(take(x, words.end))
@@ -465,7 +465,7 @@ def next_word(model, ids, temperature, generator=None):
 @torch.inference_mode()
 def generate(model, prompt, length=1000, temperature=TEMPERATURE, generator=None):
     """Continue a prompt, bytes, by `length` bytes or to END. Yields bytes as they come: word by
-    word if the model has words and 0 < temperature < 1 (then the OPENING has its own), otherwise
+    word if the model has words and 0 < temperature < 1 (it does not hold for the OPENING), else
     each byte on its own. model: a GPT, or what has its next_byte."""
     by_word = hasattr(model, "spell") and 1e-6 < temperature < 1
     ids = torch.tensor([[END, *prompt]])  # a story begins after an END
@@ -545,7 +545,7 @@ def distillation_loss(log_p, target, teacher, weight):
 
 MEMORY_RATE = 0.4
 DISTILL_WEIGHT = 0.6  # of the teacher in the loss, while it teaches
-LOOKS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1)  # progress; at 1 after the loop
+LOOKS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1)  # progress at which to look
 PROMPT = b"Once upon a time, there was a little"
 ORDER = 12  # of the n-gram that is counted first
 SAVE_EVERY = 60.0  # seconds
@@ -643,7 +643,7 @@ def previous(x):
 
 
 def find_words(ids):
-    """ids (B, T) int64 -> Words (see its example). A text with fewer words has zeros instead."""
+    """ids (B, T) int64 -> Words. A text with fewer words than another has zeros in their place."""
     B, T = ids.shape
     letter = LETTER.to(ids.device)[ids]
     letter[:, 0] = False  # the window may begin within a word, of which nothing is known
@@ -755,7 +755,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x):
     """Push all singular values of a matrix x (r, c) towards 1 with five Newton-Schulz steps:
     x -> a x + b (x x') x + c (x x')^2 x leaves the singular vectors alone and sends each singular
-    value s to a s + b s^3 + c s^5. With Jordan's (below) 0.1 becomes 0.34, 0.99, 0.71, 1.11 ..."""
+    value s to a s + b s^3 + c s^5. With Jordan's a, b, c 0.1 becomes 0.34, 0.99, 0.71, 1.11."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T  # the smaller product x x'
     x = x / (x.norm() + 1e-7)
