@@ -451,7 +451,7 @@ def test_a_gpt_is_what_the_papers_say():
     score = (turned(q)[:, None] * turned(k)[None].conj()).real.sum(-1) / 8**0.5
     score = score.masked_fill(torch.ones(5, 5).triu(1) > 0, -math.inf)
     want = attention.out(score.softmax(-1) @ v)
-    assert torch.allclose(attention(x, angle.cos(), angle.sin())[0], want, atol=1e-5)
+    assert torch.allclose(attention(x, angle)[0], want, atol=1e-5)
 
 
 def context_names(text, i):
@@ -545,7 +545,7 @@ def test_a_word_is_as_likely_as_its_copies_and_its_spelling_together():
     text = b" Lily saw Tim, the tree and the tall toy. Lily, the tallest one, saw Timmy"
     ids = torch.tensor([list(text)])
     T = len(text) - 1
-    pointer = tiny.Pointer(width=16)
+    pointer = tiny.Pointer(width=16, context=80)
     torch.nn.init.normal_(pointer.query.weight)
     head = torch.randn(1, T, 256).log_softmax(-1)
     states = torch.randn(1, T, 16)
@@ -556,7 +556,11 @@ def test_a_word_is_as_likely_as_its_copies_and_its_spelling_together():
         start = found.start()
         earlier = re.findall(rb"\w+", text[:start])
         query = pointer.query(states)[0, start - 1]
-        score = pointer.key(thoughts)[0, : len(earlier)] @ query[1:] / 8**0.5
+        distance = len(earlier) - torch.arange(len(earlier))[:, None]  # in words
+        turn = torch.exp(-1j * distance * 10000.0 ** (-torch.arange(4) / 4))
+        key = pointer.key(thoughts)[0, : len(earlier)] / 8**0.5
+        key = torch.complex(key[:, :4], key[:, 4:])
+        score = (torch.complex(query[1:5], query[5:]) * turn * key.conj()).real.sum(-1)
         share = torch.cat((query[:1] + 4, score)).softmax(0)
         for stop in range(start + 1, found.end() + 1):
             typed = text[start:stop]

@@ -1,8 +1,7 @@
 """`python tiny.py --minutes 5` trains a small language model on stories and tells one.
 
-You will know every part of a GPT; three additions that help a small one that has only minutes (a
-memory, layers over words, a pointer); how it is trained against the clock; how a model that only
-counts (ngram.py) can teach one that learns.
+You will know every part of a GPT; a memory, layers over words and a pointer, which help a small one
+that has only minutes; the loop against the clock; how a model that only counts (ngram.py) teaches.
 
 Axes: B windows of text in a batch, T bytes in a window, W words in it, C the model's width, H
 attention heads, D = C / H, K kinds of context that the memory looks up, N words being spelled."""
@@ -43,14 +42,19 @@ def norm(x):
     return F.layer_norm(x, (x.shape[-1],))
 
 
-def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021). x (..., T, D); cos, sin (T, D/2) -> (..., T, D)
+def rotate(x, angle):
+    """Rotary positions (Su et al. 2021). x (..., T, D), angle (..., T, D/2) -> (..., T, D)
     Each pair of numbers, j and j + D/2, is turned by an angle that grows with the position. So
     the product of two vectors depends on the difference of their angles: on their distance."""
-    a, b = x.chunk(2, dim=-1)
-    turned_a = a * cos + b * sin
-    turned_b = b * cos - a * sin
-    return torch.cat((turned_a, turned_b), dim=-1)
+    a, b = x.chunk(2, -1)
+    cos = angle.cos()
+    sin = angle.sin()
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
+
+
+def angles(length, pairs):
+    """For each position, pairs of numbers turn at different speeds -> (length, pairs) radians"""
+    return torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(pairs) / pairs)
 
 
 class Attention(nn.Module):
@@ -65,14 +69,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.out.weight)  # at step 0 a layer adds nothing
 
-    def forward(self, x, cos, sin):
-        """x (B, T, C); cos, sin (T, D/2): see rotate -> (B, T, C)"""
+    def forward(self, x, angle):
+        """x (B, T, C), angle (T, D/2) -> (B, T, C)"""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, -1)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         # Normed queries and keys (Henry et al. 2020) cannot grow: the learning rate can be high.
-        q = rotate(norm(q), cos, sin)
-        k = rotate(norm(k), cos, sin)
+        q = rotate(norm(q), angle)
+        k = rotate(norm(k), angle)
         # In one call, without a (T, T) matrix in memory (later: of keys after the query):
         #     score = (q @ k.mT / D**0.5).masked_fill(later, -math.inf)  # (B, H, T, T)
         #     y = score.softmax(-1) @ v
@@ -91,8 +95,8 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attention(norm(x), cos, sin)  # (B, T, C)
+    def forward(self, x, angle):
+        x = x + self.attention(norm(x), angle)  # (B, T, C)
         hidden = F.relu(self.up(norm(x))).square()  # (B, T, 4 C)
         return x + self.down(hidden)
 
@@ -107,17 +111,14 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.head = nn.Linear(width, 256, bias=False)
         nn.init.zeros_(self.head.weight)  # at step 0 each byte has 1/256: 8 bits (a pointer: less)
-        pairs = width // heads // 2
-        frequency = 10000.0 ** (-torch.arange(pairs) / pairs)
-        angle = torch.arange(context + 1)[:, None] * frequency  # (.., D/2); WordGPT reads T + 1
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        angle = angles(context + 1, width // heads // 2)  # WordGPT reads T + 1 bytes
+        self.register_buffer("angle", angle, persistent=False)
 
     def think(self, x):
         """Run the layers. x (B, T, C), T at most context + 1 -> (B, T, C)"""
         T = x.shape[1]
         for block in self.blocks:
-            x = block(x, self.cos[:T], self.sin[:T])
+            x = block(x, self.angle[:T])
         return norm(x)
 
     def forward(self, ids, full=False):
@@ -131,7 +132,7 @@ class GPT(nn.Module):
 
     def next_byte(self, ids):
         """ids (1, n) int64 -> p (1, 256) of the byte after them. (Slow: reads all anew.)"""
-        ids = ids[:, -self.context :].to(self.cos.device)
+        ids = ids[:, -self.context :].to(self.angle.device)
         log_p, _ = self(F.pad(ids, (0, 1)), full=True)  # the byte that is added is not looked at
         return log_p[:, -1].exp()
 
@@ -192,8 +193,7 @@ class Memory(nn.Module):
                                 time, which taught nothing; and so at least once elsewhere
         on new text             used if it came at all
 
-    Contexts share rows and counters: after 14 MB 41 % of the counters are in use, so 41 % of new
-    contexts pass for known. (With four times as many counters the bits were the same.)"""
+    Contexts may share rows and counters: after 14 MB 41 % of new ones pass for known."""
     def __init__(self, width, rows):  # rows: a power of 2, at most 2^COUNTER_BITS
         super().__init__()
         self.first_epoch = True  # the training loop says when it is over
@@ -241,8 +241,7 @@ class Memory(nn.Module):
         for k in range(row.shape[1]):
             self.table.index_add_(0, row[:, k], rate[:, k, None] * gradient)
         if self.first_epoch:
-            # Assigned, not added: a context that comes twice in a step is counted once.
-            self.count[counter] = self.count[counter].clamp(max=254) + 1
+            self.count[counter] = self.count[counter].clamp(max=254) + 1  # twice in a step: 1
 
 
 class Pointer(nn.Module):
@@ -264,19 +263,24 @@ class Pointer(nn.Module):
         head   0.5 x 0.02      for all bytes, as the head sees fit
 
     After the m, Tim is complete: what follows is for the head to say, in both."""
-    def __init__(self, width):
+    def __init__(self, width, context):
         super().__init__()
-        self.query = nn.Linear(width, width // 2 + 1, bias=False)  # one more: the sentinel's score
-        self.key = nn.Linear(width, width // 2, bias=False)
+        pairs = width // 4
+        self.query = nn.Linear(width, 2 * pairs + 1, bias=False)  # first, the sentinel's score
+        self.key = nn.Linear(width, 2 * pairs, bias=False)
         nn.init.zeros_(self.query.weight)
+        self.register_buffer("angle", angles(context + 2, pairs), persistent=False)
 
     def log_shares(self, states, done, thoughts, size):
         """For N words that begin: states (B, N, C) of the byte before each; done (B, N): how many
         words are complete there, of thoughts (B, W, C), size (B, W) -> log a_i (B, N, W + 1)"""
         query = self.query(states)
         key = self.key(thoughts)
-        score = query[..., 1:] @ key.mT / key.shape[-1] ** 0.5  # (B, N, W), as in attention
-        readable = torch.arange(key.shape[1], device=key.device) < done[:, :, None]
+        W = key.shape[1]
+        key = rotate(key, self.angle[:W])  # as distance counts: few stories say "Sam and Sam"
+        asked = rotate(query[..., 1:], self.angle[done])
+        score = asked @ key.mT / key.shape[-1] ** 0.5  # (B, N, W)
+        readable = torch.arange(W, device=key.device) < done[:, :, None]
         fits = (size > 0) & (size <= LONGEST_WORD)  # a longer one's hash is not its own
         readable = readable & fits[:, None]
         score = score.masked_fill(~readable, -1e9)
@@ -333,7 +337,7 @@ class WordGPT(GPT):
         self.memory = Memory(width, rows)
         self.film = nn.Linear(width, 2 * width, bias=False)
         nn.init.zeros_(self.film.weight)
-        self.pointer = Pointer(width)
+        self.pointer = Pointer(width, context)
 
     def look_up(self, ids, words, n):
         """The vectors of the last n bytes: the embedding, and what the memory knows of their
@@ -368,7 +372,7 @@ class WordGPT(GPT):
     def read(self, ids):
         """Read a text, ids (1, n) int64, up to the word that has begun. -> what spell wants: bytes
         (1, T), Words, film (1, 1, 2 C), log_share (1, 1, W + 1); and the letters begun (1, t)"""
-        ids = ids.to(self.cos.device)
+        ids = ids.to(self.angle.device)
         begin = n = ids.shape[1]
         while begin > max(1, n - LONGEST_WORD) and LETTER[ids[0, begin - 1]]:
             begin -= 1
@@ -563,7 +567,7 @@ def make_optimizers(model):
 def train_step(model, optimizers, ids, teacher, factor):
     """One step. ids (B, T + 1); teacher (B, T, 256) or None; factor: of all peak learning rates.
     -> loss, nats per byte"""
-    ids = ids.to(model.cos.device)
+    ids = ids.to(model.angle.device)
     if teacher is None:
         log_p, _ = model(ids)  # (B, T)
         loss = -log_p.mean()
@@ -595,12 +599,11 @@ def train(args, start):
     run = Run(args, text, model, optimizers, state)  # saves; with --resume it restores, too
     if args.resume:
         start = time.monotonic() - state["spent"]  # setting up again was free
-    # Two seconds a minute, with --plain three, are left for the last evaluation and story.
-    seconds = 60 * args.minutes - (2 + args.plain) * min(5, args.minutes)
+    # A second and a half a minute, --plain's twice, is left for the last evaluation and story.
+    seconds = 60 * args.minutes - 1.5 * (1 + args.plain) * min(5, args.minutes)
     with stop_signals() as stop, tqdm(total=100, disable=None, leave=False) as bar:
         while True:
-            # The fraction of the budget that is spent. A run also ends when it has read its text
-            # EPOCHS times, and with --steps it does not look at the clock at all.
+            # The part that is spent of the budget, or, if more, of EPOCHS; or of --steps alone.
             state["spent"] = time.monotonic() - start
             progress = max(state["spent"] / seconds, state["step"] / batches.last_step)
             if args.steps:
@@ -631,8 +634,7 @@ def train(args, start):
 
 
 # ==================================================================================================
-# You may stop reading here. What follows is arithmetic (words, hashes, the pointer for all words at
-# once), a known optimizer, checkpoints, options. The subject goes on in sample.py.
+# You may stop reading here: arithmetic, Muon, checkpoints, options. Then comes sample.py.
 # ==================================================================================================
 
 # ---- 6. Words and contexts in numbers, the pointer for all words, bits per byte, Muon ------------
@@ -725,7 +727,7 @@ def evaluate(model, text):
     """Bits per byte of text, (n,) uint8: the mean of -log2 p(byte)."""
     found = []
     for ids, scored in evaluation_windows(text, model.context):
-        log_p, _ = model(ids.to(model.cos.device))
+        log_p, _ = model(ids.to(model.angle.device))
         found.append(log_p.cpu()[scored])
     nats = -torch.cat(found).double().mean()
     return nats.item() / math.log(2)
@@ -865,8 +867,6 @@ class Run:
         facts["seconds"] = round(time.monotonic() - start, 1)
         for name, value in facts.items():
             say(f"{name}: {value}")
-        if not facts["steps"]:
-            notice("setting up took all of the time: give more --minutes")
         if not saved:
             raise Problem(f"the model is not in {self.out}: see above")
         say(f"\nmore stories: python sample.py --out {self.out}")
