@@ -34,8 +34,7 @@ from data import END, Problem, notice
 from ngram import NGram
 
 
-# ---- 1. A GPT ------------------------------------------------------------------------------------
-# The usual transformer, over bytes: --plain trains it.
+# ---- 1. A GPT, the usual transformer, over bytes: --plain trains it ------------------------------
 
 def norm(x):
     """Scale each vector to mean 0 and variance 1: LayerNorm (Ba et al. 2016) without a gain."""
@@ -812,8 +811,7 @@ class Run:
         self.optimizers = optimizers
         self.state = state
         self.saved = time.monotonic()
-        # A run and the one that resumes it must have all options in common but these:
-        free = ("resume", "out", "device", "data", "valid", "megabytes", "keep")
+        free = ("resume", "out", "device", "data", "valid", "megabytes", "keep")  # may differ
         self.options = {name: x for name, x in vars(args).items() if name not in free}
         self.options |= dict(text=zlib.crc32(text.train), valid=zlib.crc32(text.valid))
         if args.resume is None:
@@ -970,6 +968,8 @@ def main(argv=None, start=None):
         parser.error("give numbers above 0")
     if args.width % (2 * args.heads) or args.context % 2:
         parser.error("--width must be a multiple of 2 x heads, --context even")
+    if args.device != "cpu" and not torch.accelerator.is_available():
+        parser.error("PyTorch finds no GPU: leave --device out")
     if args.distill and not args.plain:
         parser.error("--distill teaches the usual transformer: add --plain")
     prepare_cpu()
