@@ -78,7 +78,7 @@ def easiest(text, part):
     stories = split_stories(text)
     order = difficulty(stories).argsort()
     size = np.cumsum([len(stories[i]) + 1 for i in order])
-    kept = sorted(order[size <= part * size[-1:]])  # [-1:], as no text has no last size
+    kept = sorted(order[size <= part * size[-1:]])  # [-1:]: an empty text has no last size
     return np.frombuffer(b"".join(stories[i] + b"\0" for i in kept), np.uint8)
 
 

@@ -68,7 +68,7 @@ class Textbook:
     def distribution(self, text, i):
         """The distribution of byte i of text (bytes), given the bytes before it. -> (256,)"""
         p = np.full(256, 1 / 256)
-        for n in orders_mixed(self.smoothing, self.order):
+        for n in orders_mixed(self.smoothing, self.order):  # the formula, from n = 1 up
             followers = self.followers.get(context_before(text, i, n))
             if followers is None:
                 break  # unknown: what the shorter context says stands, and longer ones are new too
@@ -115,7 +115,7 @@ def smooth(smoothing, count, different, constants):
 
 
 def discounts(smoothing, n, count):
-    """What counts of 0, 1, 2, and 3 or more give up (Jelinek-Mercer: the share; others do not ask).
+    """What counts of 0, 1, 2, and 3 or more give up (Jelinek-Mercer: the share).
     count: of all n-grams of order n. -> (4,)
 
     Let met[c] be how many different n-grams were met c times. One that was met once may well be

@@ -140,8 +140,8 @@ class Fusion:
 
     def next_byte(self, ids):
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
-        # moments puts an END (|) before a text and predicts each byte of it. ids are `| a b`. Its
-        # last Moment of the text `a b |` is what we want: before the byte after b, be it | or not.
+        # ids are `| a b` (| is an END). The last Moment of the text `a b |` is what we want: it is
+        # the one after b. It predicts the |, which stands for whatever comes.
         text = ids[0].roll(-1).numpy().astype(np.uint8)
         *_, (moment, _, _) = moments(self.model, text[-self.model.context :])
         state, past, followed, seen, at = moment  # of B positions; the last is wanted
@@ -243,7 +243,7 @@ Write one line for each pair: 1, 2, or = if they are equally good."""
 def blind_pairs(runs, stories, seed):
     """Shuffle the stories of two runs, two lists of str from the same prompts -> list of (first
     story, second story, which run, 0 or 1, the first is from). Each run comes first in half of the
-    pairs, in another order for other runs."""
+    pairs. (The names of the runs seed the order, so that no judge can learn it.)"""
     rng = np.random.default_rng(zlib.crc32(f"{runs} {seed}".encode()))
     n = min(map(len, stories))
     first = rng.permutation(np.arange(n) % 2).tolist()  # whose story comes first, 0 or 1

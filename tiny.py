@@ -109,7 +109,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(256, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.head = nn.Linear(width, 256, bias=False)
-        nn.init.zeros_(self.head.weight)  # at step 0 each byte has 1/256: 8 bits (a pointer: less)
+        nn.init.zeros_(self.head.weight)  # at step 0 each byte has 1/256: 8 bits
         angle = angles(context + 1, width // heads // 2)  # WordGPT reads T + 1 bytes
         self.register_buffer("angle", angle, persistent=False)
 
@@ -148,8 +148,8 @@ def pick(p, ids):
 #                       | at the words' ends                  ^ of the last complete word
 #     words             +-> layer -> layer --> thoughts ------+
 #
-# Letters are also digits, the apostrophe and UTF-8 beyond ASCII; but the first byte of a Chinese,
-# Japanese or Korean character, 227 or more, stands for a space.
+# Digits, the apostrophe and UTF-8 beyond ASCII count as letters, too; but the first byte of a
+# Chinese, Japanese or Korean character, 227 or more, as a space.
 LETTER = [bytes([b]).isalnum() or b == ord("'") or 128 <= b < 227 for b in range(256)]
 LETTER = torch.tensor(LETTER)  # (256,) bool
 ODD = 6364136223846793005  # Knuth's, for MMIX; odd, so that multiplying mod 2^64 loses nothing
@@ -183,15 +183,15 @@ class Memory(nn.Module):
     """A table with a vector for each context, by its hash, and its own optimizer.
 
     When a text is read again, a row that was learned nowhere but here gives away which byte came
-    here, and the model learns to trust what says nothing about new text. So a row is used where it
-    was taught elsewhere (or nowhere: then it is 0). The first epoch counts the steps of a context:
+    here, and the model learns to trust what says nothing about new text. So a row is used only if
+    another place taught it, too. The first epoch counts how often a context comes:
 
         the first time          it is only counted: rare ones stay out (McMahan et al. 2013)
         again in that epoch     its row is used, and learns
-        in later epochs         used, and learns on, if it was counted three times: here; the first
-                                time, which taught nothing; and so at least once elsewhere
+        in later epochs         used, and learns on, if it came three times, say at places a, b, c:
+                                b and c taught it, so in each of the three it knows another. (Of
+                                two, a and b, only b taught it: at b it would recite that)
         on new text             used if it came at all
-
     Contexts may share rows and counters: after 14 MB 41 % of new ones pass for known."""
     def __init__(self, width, rows):  # rows: a power of 2, at most 2^COUNTER_BITS
         super().__init__()
@@ -276,7 +276,7 @@ class Pointer(nn.Module):
         query = self.query(states)
         key = self.key(thoughts)
         W = key.shape[1]
-        key = rotate(key, self.angle[:W])  # as distance counts: few stories say "Sam and Sam"
+        key = rotate(key, self.angle[:W])  # it counts how near a word is: not "Sam and Sam"
         asked = rotate(query[..., 1:], self.angle[done])
         score = asked @ key.mT / key.shape[-1] ** 0.5  # (B, N, W)
         readable = torch.arange(W, device=key.device) < done[:, :, None]
@@ -288,15 +288,15 @@ class Pointer(nn.Module):
 
     def log_ways(self, log_share, words, begin, typed, total):
         """The logarithms of the ways' weights, (B, N, W + 1). begin, typed (B, N): where N words
-        begin, how many of their bytes are typed; total (B, ...): the running sum of log p_head.
-        At the end of "|Lily saw Tim. Ti", begin 15, typed 2:
+        begin, how many of their bytes are typed; total (B, ...): the running sum of log p_head, of
+        which by_head is the part after `last`. After "|Lily saw Tim. Ti", begin 15, typed 2:
                             head             |     Lily  saw   Tim
             size            0                0     4     3     3
             copied          0                0     2     2     2
-            last            14               14    16    16    16   of those copied: where here,
-            their_last      0                0     2     7     11   where in the earlier word
+            last            14               14    16    16    16   copied byte; none: begin - 1
+            their_last      0                0     2     7     11   the same in the earlier word
             alike           yes              yes   no    no    yes
-            by_head         p(Ti)            p(Ti) 1     1     1    head's part (not its log)
+            exp(by_head)    p(Ti)            p(Ti) 1     1     1
             weight          a_0 p(Ti)        0     0     0     a_4  (| has no share)"""
         size = F.pad(words.size, (1, 0))  # the sentinel is a word of no letters
         their_begin = (F.pad(words.end, (1, 0)) - size).clamp(min=1)  # if of no letters: anywhere
@@ -383,7 +383,7 @@ class WordGPT(GPT):
 
     def spell(self, reading, spelled):
         """What comes next in each of B candidates? spelled (B, t) int64: their t letters -> p (B,
-        256). (`log_next` does the same for a whole text; tests hold the two together.)"""
+        256). In turn: their states, the weights of their ways, the byte that each way says next."""
         seen, words, film, log_share = reading
         B, t = spelled.shape
         T = seen.shape[1]
@@ -468,7 +468,7 @@ def next_word(model, ids, temperature, generator=None):
 @torch.inference_mode()
 def generate(model, prompt, length=1000, temperature=TEMPERATURE, generator=None):
     """Continue a prompt, bytes, by `length` bytes or to END. Yields bytes as they come: word by
-    word if the model has words and 0 < temperature < 1 (it does not hold for the OPENING), else
+    word if the model has words and 0 < temperature < 1 (the OPENING has its own), else
     each byte on its own. model: a GPT, or what has its next_byte."""
     by_word = hasattr(model, "spell") and 1e-6 < temperature < 1
     ids = torch.tensor([[END, *prompt]])  # a story begins after an END
@@ -497,7 +497,7 @@ class Batches:
     """Windows of the text, in an order drawn anew for each epoch, and the teacher's view of them.
     They are drawn without replacement: all of the text is read before any of it is read again."""
     def __init__(self, text, batch, context, seed, teacher=None):
-        """text: (n,) uint8, n > context; teacher: an NGram of its second half, or one not asked"""
+        """text: (n,) uint8, n > context; teacher: of its second half, if it is asked"""
         self.text = np.append(np.uint8(END), text)  # END before the first story
         self.batch = batch
         self.context = context
@@ -598,7 +598,7 @@ def train(args, start):
     run = Run(args, text, model, optimizers, state)  # saves; with --resume it restores, too
     if args.resume:
         start = time.monotonic() - state["spent"]  # setting up again was free
-    # A second and a half a minute, --plain's twice, is left for the last evaluation and story.
+    # The last evaluation and story need 1.5 seconds for each minute, with --plain twice that.
     seconds = 60 * args.minutes - 1.5 * (1 + args.plain) * min(5, args.minutes)
     with stop_signals() as stop, tqdm(total=100, disable=None, leave=False) as bar:
         while True:
