@@ -756,7 +756,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x):
     """Push all singular values of a matrix x (r, c) towards 1 with five Newton-Schulz steps:
     x -> a x + b (x x') x + c (x x')^2 x leaves the singular vectors alone and sends each singular
-    value s to a s + b s^3 + c s^5. With Jordan's a, b, c 0.1 becomes 0.34, 0.99, 0.71, 1.11."""
+    value s to a s + b s^3 + c s^5. With Jordan's a, b, c 0.1 becomes .34 .99 .71 1.11 .71."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T  # the smaller product x x'
     x = x / (x.norm() + 1e-7)
