@@ -52,7 +52,7 @@ def rotate(x, angle):
 
 
 def angles(length, pairs):
-    """For each position, pairs of numbers turn at different speeds -> (length, pairs) radians"""
+    """For `rotate`: the first pair turns fast, the last slowly -> (length, pairs) radians"""
     return torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(pairs) / pairs)
 
 
@@ -276,7 +276,7 @@ class Pointer(nn.Module):
         query = self.query(states)
         key = self.key(thoughts)
         W = key.shape[1]
-        key = rotate(key, self.angle[:W])  # it counts how near a word is: not "Sam and Sam"
+        key = rotate(key, self.angle[:W])  # as in attention: distance, in words, counts too
         asked = rotate(query[..., 1:], self.angle[done])
         score = asked @ key.mT / key.shape[-1] ** 0.5  # (B, N, W)
         readable = torch.arange(W, device=key.device) < done[:, :, None]
@@ -494,10 +494,10 @@ LEAST = 250_000  # bytes; on a shorter text a run ends only after the steps that
 
 
 class Batches:
-    """Windows of the text, in an order drawn anew for each epoch, and the teacher's view of them.
-    They are drawn without replacement: all of the text is read before any of it is read again."""
+    """Windows of the text, and the teacher's view of them. They are drawn without replacement, anew
+    for each epoch: all of the text is read before any of it again (unless the teacher teaches)."""
     def __init__(self, text, batch, context, seed, teacher=None):
-        """text: (n,) uint8, n > context; teacher: of its second half, if it is asked"""
+        """text: (n,) uint8, n > context; teacher: an NGram of its second half, if it teaches"""
         self.text = np.append(np.uint8(END), text)  # END before the first story
         self.batch = batch
         self.context = context
@@ -602,7 +602,7 @@ def train(args, start):
     seconds = 60 * args.minutes - 1.5 * (1 + args.plain) * min(5, args.minutes)
     with stop_signals() as stop, tqdm(total=100, disable=None, leave=False) as bar:
         while True:
-            # The part that is spent of the budget, or, if more, of EPOCHS; or of --steps alone.
+            # From 0 to 1: the part of the time or of EPOCHS, whichever is larger; or of --steps.
             state["spent"] = time.monotonic() - start
             progress = max(state["spent"] / seconds, state["step"] / batches.last_step)
             if args.steps:
@@ -633,7 +633,7 @@ def train(args, start):
 
 
 # ==================================================================================================
-# You may stop reading here: arithmetic, Muon, checkpoints, options. Then comes sample.py.
+# You may stop reading here and go on in sample.py. Arithmetic, Muon, checkpoints, options follow.
 # ==================================================================================================
 
 # ---- 6. Words and contexts in numbers, the pointer for all words, bits per byte, Muon ------------
