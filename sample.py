@@ -50,15 +50,17 @@ KNN_TEMPERATURE = 8.0  # of squared distances; a state has a squared length of C
 CACHE_SCALE = 0.25  # of dot products
 
 class Moment(NamedTuple):
-    """All that a head may look at before it predicts the next byte, at B positions side by side,
-    say those of the second half of a window (| is an END):
+    """All that a head may look at before it predicts the next byte, at B positions side by side.
+    Say a window has P = 6 positions, and the B = 3 are its second half (| is an END):
         position   0  1  2  3  4  5
         ids        a  b  |  c  d  e
         target     b  |  c  d  e  f
-        followed  -1 -1  c  d -1 -1   the row (P,) of position 4, which predicts e"""
+        followed  -1 -1  c -1 -1 -1   for position 3, which predicts d
+                  -1 -1  c  d -1 -1   for 4, which predicts e
+                  -1 -1  c  d  e -1   for 5, which predicts f"""
     state: torch.Tensor  # (B, C) from which the transformer predicts it
     past: torch.Tensor  # (B, P, C) the states of the whole window
-    followed: torch.Tensor  # (B, P) int64, the byte after each; -1 if later, or in another story
+    followed: torch.Tensor  # (B, P) int64, what came after each; -1 if later, or in another story
     text: np.ndarray  # (n,) uint8, all of the text
     at: np.ndarray  # (B,) where the next byte stands in it: only what is before may be looked at
 
@@ -140,9 +142,9 @@ class Fusion:
 
     def next_byte(self, ids):
         """The mixture after a text, for tiny.generate. ids (1, n) int64 -> p (1, 256)"""
-        # ids are `| a b` (| is an END). The last Moment of the text `a b |` is what we want: it is
-        # the one after b. It predicts the |, which stands for whatever comes.
-        text = ids[0].roll(-1).numpy().astype(np.uint8)
+        # ids are `| a b` (| is an END). `moments` predicts each byte of a text, so we ask it for
+        # those of `a b ?`: the last one predicts the ?. Which byte that is it does not see: 0.
+        text = F.pad(ids[0, 1:], (0, 1)).numpy().astype(np.uint8)
         *_, (moment, _, _) = moments(self.model, text[-self.model.context :])
         state, past, followed, seen, at = moment  # of B positions; the last is wanted
         last = Moment(state[-1:], past[-1:], followed[-1:], seen, at[-1:])

@@ -549,7 +549,7 @@ def test_a_word_is_as_likely_as_its_copies_and_its_spelling_together():
     states = torch.randn(1, T, 16)
     words = tiny.find_words(ids)
     thoughts = torch.randn(1, words.end.shape[1], 16)
-    log_p = tiny.log_next(pointer, states, thoughts, words, tiny.pick(head, ids[:, 1:]))[0]
+    log_p = pointer.log_next(states, thoughts, words, tiny.pick(head, ids[:, 1:]))[0]
     for found in re.finditer(rb"\w+.?", text):
         start = found.start()
         earlier = re.findall(rb"\w+", text[:start])

@@ -173,7 +173,8 @@ class Words(NamedTuple):
 
 # A byte looks up, in one large table, a vector for each of the contexts that it completes: the last
 # byte, the last two ...; in "once she wen" also `wen`; `wen` after `she`; `wen` after `once she`;
-# `wen`, two words after `once`. The hash (`contexts`) is the row (Svenstrup et al. 2017).
+# `wen`, two words after `once`. (In "once she " the space stands for `wen`: a byte that closes a
+# word sees the whole word.) The hash (`contexts`) is the row (Svenstrup et al. 2017).
 GRAMS = (1, 2, 3, 4, 5, 6, 8)  # lengths of contexts in bytes
 KINDS = len(GRAMS) + 4  # and the four of words
 COUNTER_BITS = 24  # a hash's highest 24 bits are its counter's index, the highest 19 its row's
@@ -191,7 +192,7 @@ class Memory(nn.Module):
         in later epochs         used, and learns on, if it came three times, say at places a, b, c:
                                 b and c taught it, so in each of the three it knows another. (Of
                                 two, a and b, only b taught it: at b it would recite that)
-        on new text             used if it came at all
+        on new text             used if it came at all (if once, its row is still 0)
     Contexts may share rows and counters: after 14 MB 41 % of new ones pass for known."""
     def __init__(self, width, rows):  # rows: a power of 2, at most 2^COUNTER_BITS
         super().__init__()
@@ -312,6 +313,26 @@ class Pointer(nn.Module):
         log_weight = log_share + by_head
         return log_weight.masked_fill(~alike, -math.inf)
 
+    def log_next(self, states, thoughts, words, log_head):
+        """The formula for all bytes of a text at once, each being the last typed of its word (N =
+        T). words: of T + 1 bytes; log_head (B, T): of each after the first -> their log p (B, T)"""
+        begin = words.begin[:, 1:]  # (B, T)
+        position = torch.arange(1, 1 + begin.shape[1], device=begin.device)
+        typed = position - begin + 1
+        before = begin - 1  # the byte before the word
+        done = words.done.gather(1, before)
+        log_share = self.log_shares(take(states, before), done, thoughts, words.size)
+        total = F.pad(log_head.cumsum(1), (1, 0))
+        ways = self.log_ways(log_share, words, begin, typed, total)
+        log_p = ways.logsumexp(-1)  # log P(letters and c), c being this byte
+        shorter = previous(log_p) * (typed > 1)  # log P(letters); of no letters 0
+        return log_p - shorter
+
+
+def previous(x):
+    """At each byte what x has at the byte before it, 0 at the first. (B, T) -> (B, T)"""
+    return F.pad(x[:, :-1], (1, 0))
+
 
 def gather(x, index):
     """From each text the numbers that its indices name: x (B, T), index (B, N, W) -> (B, N, W)"""
@@ -363,8 +384,7 @@ class WordGPT(GPT):
         states = states[:, :-1]
         head = F.log_softmax(self.head(states).float(), -1)  # (B, T, 256)
         log_head = pick(head, ids[:, 1:])  # (B, T)
-        # In section 6: of each byte c, log P(letters and c) - log P(letters), as Pointer says.
-        return log_next(self.pointer, states, thoughts, words, log_head), states
+        return self.pointer.log_next(states, thoughts, words, log_head), states
 
     # When sampling, a candidate for the next word completes no word before it ends. So while it is
     # spelled, all that the layers say stays the same: `read` computes it, `spell` has no attention.
@@ -636,12 +656,7 @@ def train(args, start):
 # You may stop reading here and go on in sample.py. Arithmetic, Muon, checkpoints, options follow.
 # ==================================================================================================
 
-# ---- 6. Words and contexts in numbers, the pointer for all words, bits per byte, Muon ------------
-
-def previous(x):
-    """At each byte what x has at the byte before it, 0 at the first. (B, T) -> (B, T)"""
-    return F.pad(x[:, :-1], (1, 0))
-
+# ---- 6. Words and contexts in numbers, bits per byte, Muon ---------------------------------------
 
 def find_words(ids):
     """ids (B, T) int64 -> Words. A text with fewer words than another has zeros in their place."""
@@ -689,21 +704,6 @@ def contexts(ids, words):
     kind = torch.arange(KINDS, device=ids.device) << 56  # the same bytes in another kind differ
     found = torch.stack(found, -1) + kind
     return found * ODD  # this carries every bit to the highest ones
-
-
-def log_next(pointer, states, thoughts, words, log_head):
-    """The pointer's formula for all bytes at once, each being the last typed of its word (N = T).
-    words: of T + 1 bytes; log_head (B, T): of each after the first -> log p (B, T) of these"""
-    begin = words.begin[:, 1:]  # (B, T)
-    position = torch.arange(1, 1 + begin.shape[1], device=begin.device)
-    typed = position - begin + 1
-    before = begin - 1  # the byte before the word
-    done = words.done.gather(1, before)
-    log_share = pointer.log_shares(take(states, before), done, thoughts, words.size)
-    total = F.pad(log_head.cumsum(1), (1, 0))
-    ways = pointer.log_ways(log_share, words, begin, typed, total)
-    log_p = ways.logsumexp(-1)  # of the word's bytes up to this one
-    return log_p - previous(log_p) * (typed > 1)  # of no letters the log is 0
 
 
 def evaluation_windows(text, context, batch=16):
