@@ -156,8 +156,7 @@ def test_a_text_that_is_not_utf8_is_told(tmp_path, capsys):
 
 @pytest.mark.parametrize("command, words", [
     ("--data missing.txt", ["No such file", "missing.txt"]),
-    ("--data folder", ["directory", "folder"]),
-    ("--data empty.txt", ["too little text"]),
+    ("--data folder", ["directory", "folder"]), ("--data empty.txt", ["too little text"]),
     ("--data utf16.txt", ["utf16.txt seems to be binary or UTF-16"]),
     ("--data random.txt", ["random.txt seems to be binary or UTF-16"]),
     ("--data short.txt", ["too little text"]),
@@ -821,6 +820,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(runs, monkeypatch, cut, pl
     assert same(whole, runs("cut", *more, "--resume", "cut")) and len(count) == 16
     with pytest.raises(data.Problem, match="is complete"):
         runs("cut", *more, "--resume", "cut")
+    with pytest.raises(data.Problem, match="diverged"):
+        runs("wild", *more, "--rate", 1e30)
 
 
 def test_waiting_for_a_download_does_not_count(runs, texts, monkeypatch):
@@ -906,8 +907,7 @@ def test_a_second_signal_ends_at_once_and_nohup_is_respected():
     with tiny.stop_signals() as stop:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     signal.signal(signal.SIGHUP, before)
 
 

@@ -158,7 +158,7 @@ LONGEST_WORD = 24  # bytes of a word that its hash covers, and that are drawn at
 
 class Words(NamedTuple):
     """Where the words of a text are: `find_words`. A word is letters and the byte that closes it.
-    For "|Once she, wen" (| is an END, _ a space):
+    A window's first byte counts as no letter. "|Once she, wen" (| is an END, _ a space):
         position   0  1  2  3  4  5  6  7  8  9  10 11 12 13
         byte       |  O  n  c  e  _  s  h  e  ,  _  w  e  n
         begin      0  1  1  1  1  1  6  6  6  6  10 11 11 11
@@ -214,8 +214,7 @@ class Memory(nn.Module):
         needed = 1
         if learning and not self.first_epoch:
             needed = 3
-        known = self.count[counter] >= needed
-        known = known.to(self.table.dtype)  # (B T, K), 0 or 1
+        known = (self.count[counter] >= needed).to(self.table.dtype)  # (B T, K), 0 or 1
         row = counter >> self.shift
         out = F.embedding_bag(row, self.table, mode="sum", per_sample_weights=known)
         if learning:
@@ -236,8 +235,7 @@ class Memory(nn.Module):
         row = counter >> self.shift  # (B T, K)
         for k in range(row.shape[1]):  # one kind at a time: no (B T, K, C) array
             self.squares.index_add_(0, row[:, k], known[:, k] * square)
-        rate = self.squares[row].rsqrt()
-        rate = -lr * known * rate
+        rate = -lr * known * self.squares[row].rsqrt()
         for k in range(row.shape[1]):
             self.table.index_add_(0, row[:, k], rate[:, k, None] * gradient)
         if self.first_epoch:
@@ -289,8 +287,9 @@ class Pointer(nn.Module):
 
     def log_ways(self, log_share, words, begin, typed, total):
         """The logarithms of the ways' weights, (B, N, W + 1). begin, typed (B, N): where N words
-        begin, how many of their bytes are typed; total (B, ...): the running sum of log p_head, of
-        which by_head is the part after `last`. After "|Lily saw Tim. Ti", begin 15, typed 2:
+        begin, how many of their bytes are typed; total (B, ...): the sum of log p_head up to each
+        byte, itself included. by_head is that of the bytes after `last`, which the way does not
+        copy. After "|Lily saw Tim. Ti" (| is byte 0, so begin 15, typed 2):
                             head             |     Lily  saw   Tim
             size            0                0     4     3     3
             copied          0                0     2     2     2
@@ -404,7 +403,7 @@ class WordGPT(GPT):
     def spell(self, reading, spelled):
         """What comes next in each of B candidates? spelled (B, t) int64: their t letters -> p (B,
         256). In turn: their states, the weights of their ways, the byte that each way says next."""
-        seen, words, film, log_share = reading
+        seen, words, film, log_share = reading  # of one row, which serves all candidates
         B, t = spelled.shape
         T = seen.shape[1]
         ids = torch.cat((seen.expand(B, -1), spelled), 1)
@@ -450,7 +449,6 @@ def choose(p, temperature=1.0, generator=None):
         return p.argmax(-1)
     log_p = p.double().log()
     p = F.softmax(log_p / temperature, -1)
-    p = p.nan_to_num(1.0)  # NaN: training diverged
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
@@ -487,16 +485,16 @@ def next_word(model, ids, temperature, generator=None):
 
 @torch.inference_mode()
 def generate(model, prompt, length=1000, temperature=TEMPERATURE, generator=None):
-    """Continue a prompt, bytes, by `length` bytes or to END. Yields bytes as they come: word by
-    word if the model has words and 0 < temperature < 1 (the OPENING has its own), else
-    each byte on its own. model: a GPT, or what has its next_byte."""
+    """Continue a prompt, bytes, by `length` bytes or to END. Yields pieces as they come: words if
+    the model has words and 0 < temperature < 1. model: a GPT, or what has its next_byte."""
     by_word = hasattr(model, "spell") and 1e-6 < temperature < 1
     ids = torch.tensor([[END, *prompt]])  # a story begins after an END
     while length > 0:
-        if by_word and ids.shape[1] <= OPENING:
-            new = next_word(model, ids, OPENING_TEMPERATURE, generator)
-        elif by_word:
-            new = next_word(model, ids, temperature, generator)
+        if by_word:
+            heat = temperature
+            if ids.shape[1] <= OPENING:
+                heat = OPENING_TEMPERATURE
+            new = next_word(model, ids, heat, generator)
         else:
             new = choose(model.next_byte(ids).cpu(), temperature, generator)
         ids = torch.cat((ids, new[None]), 1)
@@ -635,6 +633,8 @@ def train(args, start):
             factor = args.rate * min(1.0, 2 * (1 - progress))  # full for half, then down to 0
             loss = train_step(model, optimizers, ids, distributions, factor)
             bits = loss.item() / math.log(2)
+            if not math.isfinite(bits):
+                raise Problem("training diverged: try a smaller --rate")
             state["loss"] += 0.05 * (bits - state["loss"])  # the mean of some twenty steps
             state["step"] += 1
             bar.update(round(100 * progress) - bar.n)
@@ -818,14 +818,13 @@ class Run:
             self.out = new_folder(args.out)
             return
         self.out = args.resume
-        old, content = load_checkpoint(self.out)
+        _, content = load_checkpoint(self.out)
         if content["optimizers"] is None:
             raise Problem(f"the run in {self.out} is complete; train another without --resume")
         for name, value in self.options.items():
             if content["options"].get(name) != value:
-                raise Problem(f"the run in {self.out} began with another {name}; resume it with "
-                              "the options and the text that it began with")
-        model.load_state_dict(old.state_dict())
+                raise Problem(f"the run in {self.out} began with another {name}: give that one")
+        model.load_state_dict(content["weights"])
         for optimizer, kept in zip(optimizers, content["optimizers"]):
             optimizer.load_state_dict(kept)
         state.update(content["state"])
@@ -926,7 +925,7 @@ def prepare_cpu():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-# In a few minutes many small steps teach more than few large ones. (rate: of all learning rates)
+# In a few minutes many small steps teach more than few large ones.
 DEFAULT = dict(layers=2, heads=4, width=128, context=512, batch=8, rate=1.0)
 PLAIN = dict(layers=3, heads=4, width=144, context=256, batch=8, rate=1.0)
 
@@ -950,11 +949,12 @@ def main(argv=None, start=None):
     add("--minutes", type=float, default=5.0, help="for everything but downloads")
     add("--steps", type=int, help="train for so many steps instead, exactly repeatable")
     add("--plain", action="store_true", help="the usual transformer, over bytes")
-    add("--distill", type=float, default=0.0, help="the part of the time in which the n-gram "
-        "teaches, 0 to 1; with --plain")
+    add("--distill", type=float, default=0.0, help="with --plain: the n-gram's part of the time")
+    sizes = parser.add_argument_group("sizes", "layers, heads, width of the transformer; context: "
+        "bytes in a window; batch: windows in a step; rate: a factor of all learning rates")
     for name, value in DEFAULT.items():
-        add(f"--{name}", type=type(value), default=argparse.SUPPRESS,
-            help=f"(default: {value}, with --plain {PLAIN[name]})")
+        sizes.add_argument(f"--{name}", type=type(value), default=argparse.SUPPRESS,
+                           help=f"(default: {value}, with --plain {PLAIN[name]})")
     add("--seed", type=int, default=1, help="of all random numbers")
     add("--resume", metavar="DIR", help="go on with the run in DIR; give its other options again")
     add("--device", default="cpu", help="cpu, cuda or mps")
