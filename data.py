@@ -229,7 +229,7 @@ def load(args, least=2):
         source += f", the easiest {keep:.0%}"
         train = easiest(train, keep)
     if len(train) < least or len(held_out) < 64:
-        raise Problem(f"too little text: {len(train)} bytes to read, {len(held_out)} held out")
+        raise Problem("too little text, or with --keep no <|endoftext|> between the stories")
     return Text(train, held_out, source, waited)
 
 

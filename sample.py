@@ -364,7 +364,7 @@ def write_pairs(runs, text, args):
     data.save(args.pairs, printable("\n\n".join(pages)).encode())
     key = {"runs": runs, "first": [k for _, _, k in pairs]}
     data.save(f"{args.pairs}.key", json.dumps(key).encode())
-    print(f"{len(pairs)} pairs are in {args.pairs}, the key in {args.pairs}.key; then --tally FILE")
+    print(f"{len(pairs)} pairs; then: python sample.py --pairs {args.pairs} --tally answers.txt")
 
 
 def show_tally(args):
