@@ -239,7 +239,7 @@ def add_arguments(parser):
     add("--data", nargs="+", metavar="FILE", help="text to learn from, instead of TinyStories")
     add("--valid", nargs="+", metavar="FILE", help="text held out, instead of its end")
     add("--megabytes", type=float, default=100, help="how much to use, of each file")
-    add("--keep", type=float, help=f"the part to read, the easiest: {KEEP}, of --data all")
+    add("--keep", type=float, help=f"the easiest part to read, 0 to 1 ({KEEP}; of --data all)")
 
 
 def main():

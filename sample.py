@@ -347,7 +347,7 @@ def show_scores(run, text):
 def show_rubric(runs, text, args):
     ref = Reference(text.train)
     tables = [rubric(stories_of(run, text, args), ref) for run in runs]
-    print("mean ± standard error:", *runs, sep="  ")
+    print("mean ± error".ljust(14), *[run.ljust(11) for run in runs], sep="  ")
     for row in tables[0]:
         cells = ["{:5.1f} ± {:.1f}".format(*table[row]) for table in tables]
         print(f"{row:14}", *cells, sep="  ")

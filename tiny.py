@@ -970,8 +970,8 @@ def main(argv=None, start=None):
         parser.error("--width must be a multiple of 2 x heads, --context even")
     if args.device != "cpu" and not torch.accelerator.is_available():
         parser.error("PyTorch finds no GPU: leave --device out")
-    if args.distill and not args.plain:
-        parser.error("--distill teaches the usual transformer: add --plain")
+    if not 0 <= args.distill <= args.plain:
+        parser.error("--distill is a part of the time, 0 to 1, and needs --plain")
     prepare_cpu()
     return train(args, start or time.monotonic())
 
