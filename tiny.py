@@ -821,8 +821,8 @@ class Run:
         _, content = load_checkpoint(self.out)
         if content["optimizers"] is None:
             raise Problem(f"the run in {self.out} is complete; train another without --resume")
-        for name, old in content["options"].items():
-            if self.options.get(name) != old:
+        for name, value in self.options.items():
+            if (old := content["options"].get(name)) != value:
                 raise Problem(f"{self.out} began with {name} {old}: give the same options and text")
         model.load_state_dict(content["weights"])
         for optimizer, kept in zip(optimizers, content["optimizers"]):
